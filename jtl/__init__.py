@@ -1,0 +1,101 @@
+"""jtl: JAX transfer learning. A pretrained model is a pure function and a pytree; one mask decides the rest.
+
+Names are imported when they are first used, so that `import jtl` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jtl import data as data
+    from jtl import errors as errors
+    from jtl import heads as heads
+    from jtl import losses as losses
+    from jtl import masks as masks
+    from jtl import metrics as metrics
+    from jtl import models as models
+    from jtl import parallel as parallel
+    from jtl import rules as rules
+    from jtl import strategies as strategies
+    from jtl import tree as tree
+    from jtl import weights as weights
+    from jtl.export import save as save
+    from jtl.interop import from_function as from_function
+    from jtl.interop import from_nnx as from_nnx
+    from jtl.loop import Report as Report
+    from jtl.loop import evaluate as evaluate
+    from jtl.loop import fit as fit
+    from jtl.masks import Mask as Mask
+    from jtl.masks import everything as everything
+    from jtl.masks import select as select
+    from jtl.masks import where as where
+    from jtl.objective import supervised as supervised
+    from jtl.pretrained import load as load
+    from jtl.rules import label as label
+    from jtl.state import Frozen as Frozen
+    from jtl.state import TrainState as TrainState
+    from jtl.state import init as init
+    from jtl.state import variables as variables
+    from jtl.step import Aux as Aux
+    from jtl.step import eval_step as eval_step
+    from jtl.step import finetune as finetune
+    from jtl.step import train_step as train_step
+    from jtl.tree import combine as combine
+    from jtl.tree import partition as partition
+
+__version__ = "0.1.0"
+
+_MODULES = (
+    "data",
+    "errors",
+    "heads",
+    "losses",
+    "masks",
+    "metrics",
+    "models",
+    "parallel",
+    "rules",
+    "strategies",
+    "tree",
+    "weights",
+)
+
+_NAMES = {
+    "Aux": "step",
+    "Frozen": "state",
+    "Mask": "masks",
+    "Report": "loop",
+    "TrainState": "state",
+    "combine": "tree",
+    "eval_step": "step",
+    "evaluate": "loop",
+    "everything": "masks",
+    "finetune": "step",
+    "fit": "loop",
+    "from_function": "interop",
+    "from_nnx": "interop",
+    "init": "state",
+    "label": "rules",
+    "load": "pretrained",
+    "partition": "tree",
+    "save": "export",
+    "select": "masks",
+    "supervised": "objective",
+    "train_step": "step",
+    "variables": "state",
+    "where": "masks",
+}
+
+__all__ = [*_MODULES, *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"jtl.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"jtl.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'jtl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

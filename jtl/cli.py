@@ -1,0 +1,54 @@
+"""The command line: flags to function calls.
+
+Everything heavy is imported by the command that needs it, so that `--help` answers at once.
+"""
+
+import importlib
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+from jtl.errors import JtlError
+from jtl.recipes import settings
+
+Command = (
+    Annotated[settings.Quickstart, tyro.conf.subcommand("quickstart")]
+    | Annotated[settings.Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[settings.Models, tyro.conf.subcommand("models")]
+    | Annotated[settings.Inspect, tyro.conf.subcommand("inspect")]
+)
+
+_RECIPES = {
+    settings.Quickstart: "quickstart",
+    settings.Finetune: "finetune",
+    settings.Models: "models",
+    settings.Inspect: "inspect",
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command.
+
+    Exit codes: 0 done, 2 a mistake in what was given (one message, no traceback), 130 interrupted.
+
+    Args:
+      args: the command line; by default the process's own.
+    """
+    command: Any = tyro.cli(
+        Command,  # pyright: ignore[reportArgumentType]
+        prog="jtl",
+        description="Transfer learning with pretrained Flax models.",
+        args=args,
+    )
+    from rich.console import Console
+
+    recipe = importlib.import_module(f"jtl.recipes.{_RECIPES[type(command)]}")
+    try:
+        recipe.run(command, Console())
+    except JtlError as error:
+        print(f"jtl: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("jtl: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None

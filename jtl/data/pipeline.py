@@ -1,0 +1,255 @@
+"""The input pipeline: shuffled, bucketed, padded and prefetched batches that resume exactly."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jtl import errors
+from jtl.data import plans
+from jtl.data.text import Ragged
+
+Batch = dict[str, np.ndarray]
+Column = np.ndarray | Ragged
+
+_MADE = ("attention_mask", "label", "weight")
+"""What a batch holds beside its columns."""
+
+
+def batches(
+    columns: Mapping[str, Column],
+    labels: np.ndarray | None = None,
+    *,
+    batch_size: int,
+    seed: int | None = None,
+    epochs: int = 1,
+    remainder: Literal["pad", "drop", "keep"] = "pad",
+    buckets: Sequence[int] | None = None,
+    start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    prefetch: int = 2,
+    transform: Callable[[Batch], Batch] | None = None,
+) -> "Batches":
+    """Batches of N examples in memory.
+
+    A batch is a dict of arrays that lead with the batch axis, B = `batch_size`:
+
+    - each array column `[B, ...]`, each ragged column int32 `[B, L]`, L a bucket's length;
+    - `attention_mask` int32 `[B, L]`, 1 on tokens, where there is a ragged column;
+    - `label` int32 `[B]`, where there are labels;
+    - `weight` float32 `[B]`: 1, or 0 on the rows that only fill up the last batch (copies of a real row).
+
+    With a seed, each epoch has its own order of rows and of batches, a function of seed and epoch alone.
+    Without, rows stand in file order, within each bucket if there are several; a column
+    `{"row": np.arange(N)}` tells which is which. Each epoch holds every row once. Rows left over in one
+    bucket move up into the next, so that an epoch has at most one incomplete batch, whatever the
+    number of buckets.
+
+    Args:
+      columns: inputs by name: arrays `[N, ...]`, or `Ragged` of N rows with the same lengths.
+      labels: integers `[N]`.
+      batch_size: rows of a batch, in this process.
+      seed: of the order; None for no shuffling.
+      epochs: passes over the data.
+      remainder: fill the incomplete batch up with rows of weight 0, drop it, or keep it short.
+      buckets: the padded lengths to use, as `text.buckets` chooses them; by default one, the longest row's.
+      start: batches already consumed.
+      shard: `(i, n)`: the i-th of n processes. Processes get disjoint rows, and as many batches of
+        the same shapes in the same order, as collectives need.
+      prefetch: batches made ahead, by as many threads; 0 makes them in the caller's thread.
+      transform: applied to each batch in the prefetching threads, e.g. to decode pictures from paths.
+
+    Raises:
+      ConfigError: sizes or a combination of settings that give no batches.
+      DataError: no rows, columns or labels that do not match, or a row that is empty or longer than the
+        largest bucket.
+
+    >>> data = batches({"x": np.arange(3.0)}, np.array([0, 1, 0]), batch_size=2)
+    >>> [batch["weight"].tolist() for batch in data]
+    [[1.0, 1.0], [1.0, 0.0]]
+    """
+    labels = None if labels is None else np.asarray(labels)
+    rows = _check_columns(columns, labels)
+    lengths = _lengths(columns)
+    layout = plans.layout(rows, lengths, batch_size=batch_size, buckets=buckets, remainder=remainder, shards=shard[1])
+    run = Batches(dict(columns), labels, layout, seed, epochs, shard[0], start, prefetch, transform)
+    _check_settings(run, shard)
+    return run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """Batches to iterate over, as often as needed; `batches` makes it.
+
+    `len()` is the number of batches from `start` to the end of the last epoch.
+    """
+
+    columns: dict[str, Column]
+    labels: np.ndarray | None
+    layout: plans.Layout
+    seed: int | None
+    epochs: int
+    shard: int
+    start: int
+    prefetch: int
+    transform: Callable[[Batch], Batch] | None
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            import grain
+        except ImportError as error:
+            raise errors.missing_extra("grain", "data") from error
+        # A batch is gathered whole: passing each row through grain is some forty times slower. Its order
+        # comes from a plan, not from grain's shuffle, which would mix lengths within a batch or, given one
+        # data set a bucket, shuffle within buckets only. And the position is an index taken before
+        # prefetching, not grain's iterator state, which a data set of another seed or size accepts silently.
+        plan = functools.lru_cache(maxsize=2)(functools.partial(plans.epoch, self.layout, self.seed))
+        steps = grain.MapDataset.range(self.start, self.start + len(self))
+        options = grain.ReadOptions(num_threads=self.prefetch, prefetch_buffer_size=self.prefetch)
+        return iter(steps.map(functools.partial(self._batch, plan)).to_iter_dataset(options))
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch - self.start
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of batches of one epoch, the same in each process."""
+        return sum(self.layout.batches)
+
+    @property
+    def shapes(self) -> dict[tuple[int, ...], int]:
+        """How many batches of an epoch have each leading shape, `(B, L)` or `(B,)`: one compilation each."""
+        return plans.shapes(self.layout)
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides the sequence of batches, for a checkpoint to compare before it resumes at `start`."""
+        layout = self.layout
+        buckets = ",".join(map(str, layout.buckets))
+        return (
+            f"rows={len(layout.bucket_of_row)} batch={layout.batch_size} seed={self.seed} "
+            f"shards={layout.shards} remainder={layout.remainder} buckets={buckets} "
+            f"data={_digest(self.columns, self.labels)}"
+        )
+
+    def at(self, start: int) -> "Batches":
+        """The same run from its batch `start` on: `list(run)[n:]` equals `list(run.at(n))`.
+
+        Args:
+          start: batches consumed since the run's beginning, whatever this object's own `start`.
+
+        Raises:
+          ConfigError: the run has fewer batches.
+        """
+        moved = dataclasses.replace(self, start=start)
+        _check_start(moved)
+        return moved
+
+    def _batch(self, plan: Callable[[int], list[plans.Batch]], step: int) -> Batch:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        length, rows, real = plans.local(self.layout, plan(epoch)[position], self.shard)
+        batch = _gather(self.columns, rows, length)
+        if self.labels is not None:
+            batch["label"] = self.labels[rows].astype(np.int32)
+        batch["weight"] = (np.arange(len(rows)) < real).astype(np.float32)
+        return batch if self.transform is None else self.transform(batch)
+
+
+def _gather(columns: Mapping[str, Column], rows: np.ndarray, length: int) -> Batch:
+    batch = {}
+    for name, column in columns.items():
+        if not isinstance(column, Ragged):
+            batch[name] = column[rows]
+            continue
+        first, end = column.offsets[rows][:, None], column.offsets[rows + 1][:, None]
+        positions = first + np.arange(length)
+        mask = positions < end
+        tokens = column.values[np.minimum(positions, end - 1)]
+        batch[name] = np.where(mask, tokens, np.int32(column.pad))
+        batch["attention_mask"] = mask.astype(np.int32)
+    return batch
+
+
+def _rows(column: Column) -> int:
+    return len(column.offsets) - 1 if isinstance(column, Ragged) else len(column)
+
+
+def _check_columns(columns: Mapping[str, Column], labels: np.ndarray | None) -> int:
+    """The number of rows, the same in all columns."""
+    if not columns:
+        raise errors.DataError("there are no columns; expected at least one input")
+    for name, column in columns.items():
+        if name in _MADE:
+            raise errors.ConfigError(f"a column is named {name!r}, which the batch makes itself; rename it")
+        if isinstance(column, np.ndarray) and (not column.ndim or column.dtype.hasobject):
+            raise errors.DataError(
+                f"column {name!r} is {column.dtype} {column.shape}; expected [N, ...] of numbers or str"
+            )
+        if not isinstance(column, (np.ndarray, Ragged)):
+            raise errors.DataError(f"column {name!r} is a {type(column).__name__}; expected a numpy array or Ragged")
+    counts = {f"column {name!r}": _rows(column) for name, column in columns.items()}
+    if labels is not None:
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise errors.DataError(f"labels are {labels.dtype} {labels.shape}; expected integers [N]")
+        counts["labels"] = len(labels)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{what} {count}" for what, count in counts.items())
+        raise errors.DataError(f"numbers of rows differ: {listed}; expected one number")
+    rows = next(iter(counts.values()))
+    if not rows:
+        raise errors.DataError("the data set is empty; expected at least one row")
+    return rows
+
+
+def _lengths(columns: Mapping[str, Column]) -> np.ndarray | None:
+    """The rows' lengths, the same in all ragged columns; None without one."""
+    found = {name: column.lengths for name, column in columns.items() if isinstance(column, Ragged)}
+    if not found:
+        return None
+    first, lengths = next(iter(found.items()))
+    for name, others in found.items():
+        differing = np.flatnonzero(others != lengths)
+        if differing.size:
+            row = differing[0]
+            raise errors.DataError(
+                f"row {row} has {lengths[row]} values in {first!r} and {others[row]} in {name!r}; expected as many"
+            )
+    if not lengths.min():
+        raise errors.DataError(f"row {lengths.argmin()} of {first!r} is empty; expected at least one token")
+    return lengths
+
+
+def _check_settings(run: Batches, shard: tuple[int, int]) -> None:
+    index, count = shard
+    if not 0 <= index < count:
+        raise errors.ConfigError(f"shard={shard}: expected (i, n) with 0 <= i < n")
+    if run.epochs < 1:
+        raise errors.ConfigError(f"epochs={run.epochs}: expected at least 1")
+    if run.seed is not None and run.seed < 0:
+        raise errors.ConfigError(f"seed={run.seed}: expected 0 or more, or None for no shuffling")
+    if run.prefetch < 0:
+        raise errors.ConfigError(f"prefetch={run.prefetch}: expected 0 or more")
+    _check_start(run)
+
+
+def _check_start(run: Batches) -> None:
+    total = run.epochs * run.steps_per_epoch
+    if not 0 <= run.start <= total:
+        raise errors.ConfigError(f"start={run.start}: expected 0 to {total}, the number of batches of the run")
+
+
+def _digest(columns: Mapping[str, Any], labels: np.ndarray | None) -> str:
+    """A digest of names, types, tokens and labels, and of up to some hundred rows of each array column."""
+    digest = hashlib.sha256()
+    for name, column in columns.items():
+        ragged = isinstance(column, Ragged)
+        digest.update(f"{name}:{'ragged' if ragged else f'{column.dtype}{column.shape}'};".encode())
+        sample = (column.offsets, column.values) if ragged else (column[:: len(column) // 128 + 1],)
+        for array in sample:
+            digest.update(array.tobytes())
+    if labels is not None:
+        digest.update(labels.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""Which rows make up which batch: computed for all processes at once, so that they agree."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jtl import errors
+
+_REMAINDERS = ("pad", "drop", "keep")
+
+
+class Layout(NamedTuple):
+    """What the epochs of a run have in common.
+
+    Attributes:
+      bucket_of_row: int `[N]`, the bucket that each row belongs to.
+      buckets: the padded lengths that are used; `(0,)` for rows without a length.
+      batches: the number of batches of each bucket in an epoch.
+      batch_size: rows of a batch in one process.
+      remainder: what becomes of an epoch's incomplete batch: "pad", "drop" or "keep".
+      shards: the number of processes.
+    """
+
+    bucket_of_row: np.ndarray
+    buckets: tuple[int, ...]
+    batches: tuple[int, ...]
+    batch_size: int
+    remainder: str
+    shards: int
+
+
+class Batch(NamedTuple):
+    """One batch of all processes: its padded length, and the rows that are in it (int `[R]`)."""
+
+    length: int
+    rows: np.ndarray
+
+
+def layout(
+    rows: int,
+    lengths: np.ndarray | None,
+    *,
+    batch_size: int,
+    buckets: Sequence[int] | None = None,
+    remainder: str = "pad",
+    shards: int = 1,
+) -> Layout:
+    """Deal rows out to buckets and count the batches of an epoch.
+
+    Args:
+      rows: the number of rows, N.
+      lengths: int `[N]`; None for rows that need no padding.
+      batch_size: rows of a batch in one process.
+      buckets: padded lengths; by default the longest row's.
+      remainder: what becomes of the incomplete batch.
+      shards: the number of processes.
+
+    Raises:
+      ConfigError: an unknown remainder, one that gives no batches or unequal shapes, or a size below 1.
+      DataError: a row is longer than the largest bucket.
+
+    >>> layout(5, np.array([3, 9, 4, 2, 8]), batch_size=2, buckets=(4, 16)).batches
+    (1, 2)
+    """
+    _check(batch_size, buckets, remainder, shards, lengths)
+    if lengths is None:
+        used, bucket_of_row = (0,), np.zeros(rows, np.int64)
+    else:
+        used, bucket_of_row = _assign(lengths, np.unique(buckets if buckets is not None else lengths.max()))
+    counts = _count(np.bincount(bucket_of_row, minlength=len(used)), batch_size * shards, remainder)
+    if not sum(counts):
+        raise errors.ConfigError(
+            f"remainder='drop' leaves no batch: {rows} rows are fewer than {batch_size} for each of "
+            f"{shards} process(es); lower batch_size or pass remainder='pad'"
+        )
+    return Layout(bucket_of_row, used, counts, batch_size, remainder, shards)
+
+
+def epoch(layout: Layout, seed: int | None, epoch: int) -> list[Batch]:
+    """The batches of an epoch in order, a function of its arguments alone.
+
+    Args:
+      layout: of the run.
+      seed: of the order of rows and batches; None keeps rows in order and takes short buckets first.
+      epoch: its number, from 0.
+    """
+    rng = None if seed is None else np.random.default_rng((seed, epoch))
+    order = np.arange(len(layout.bucket_of_row)) if rng is None else rng.permutation(len(layout.bucket_of_row))
+    size = layout.batch_size * layout.shards
+    planned, left_over = [], order[:0]
+    for bucket, (length, count) in enumerate(zip(layout.buckets, layout.batches, strict=True)):
+        rows = np.concatenate([left_over, order[layout.bucket_of_row[order] == bucket]])
+        planned += [Batch(length, rows[i * size : (i + 1) * size]) for i in range(count)]
+        left_over = rows[count * size :]
+    return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
+
+
+def local(layout: Layout, batch: Batch, shard: int) -> tuple[int, np.ndarray, int]:
+    """One process's part of a batch.
+
+    Returns:
+      `(length, rows, real)`: the padded length, int `[B]` rows, and how many of them, from the
+      front, are real; the others repeat a real row.
+    """
+    # Every n-th row, so that an incomplete batch is spread over all processes.
+    rows = batch.rows[shard :: layout.shards]
+    if layout.remainder == "keep":
+        return batch.length, rows, len(rows)
+    filler = np.full(layout.batch_size - len(rows), batch.rows[0])
+    return batch.length, np.concatenate([rows, filler]), len(rows)
+
+
+def shapes(layout: Layout) -> dict[tuple[int, ...], int]:
+    """How many batches of an epoch have each leading shape, in one process.
+
+    >>> shapes(layout(5, None, batch_size=2, remainder="keep"))
+    {(2,): 2, (1,): 1}
+    """
+    found = {}
+    for length, count in zip(layout.buckets, layout.batches, strict=True):
+        if count:
+            found[(layout.batch_size, length) if length else (layout.batch_size,)] = count
+    short = len(layout.bucket_of_row) % layout.batch_size
+    if layout.remainder == "keep" and short:
+        *_, last = found
+        found[last] -= 1
+        found[(short, *last[1:])] = 1
+    return {shape: count for shape, count in found.items() if count}
+
+
+def _assign(lengths: np.ndarray, buckets: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """The buckets that hold a row, and the index of each row's: the shortest that fits."""
+    if lengths.max() > buckets[-1]:
+        raise errors.DataError(
+            f"row {lengths.argmax()} has {lengths.max()} tokens; expected at most {buckets[-1]}, the largest bucket"
+        )
+    used, bucket_of_row = np.unique(np.searchsorted(buckets, lengths), return_inverse=True)
+    return tuple(buckets[used].tolist()), bucket_of_row
+
+
+def _count(rows_of_bucket: np.ndarray, size: int, remainder: str) -> tuple[int, ...]:
+    """Batches of each bucket when what is left over moves up into the next one."""
+    counts, left_over = [], 0
+    for rows in rows_of_bucket:
+        count, left_over = divmod(int(rows) + left_over, size)
+        counts.append(count)
+    counts[-1] += bool(left_over and remainder != "drop")
+    return tuple(counts)
+
+
+def _check(
+    batch_size: int, buckets: Sequence[int] | None, remainder: str, shards: int, lengths: np.ndarray | None
+) -> None:
+    if batch_size < 1:
+        raise errors.ConfigError(f"batch_size={batch_size}: expected at least 1")
+    if shards < 1:
+        raise errors.ConfigError(f"{shards} shards: expected at least 1")
+    if remainder not in _REMAINDERS:
+        raise errors.ConfigError(f"remainder={remainder!r}: expected one of {', '.join(_REMAINDERS)}")
+    if remainder == "keep" and shards > 1:
+        raise errors.ConfigError(
+            f"remainder='keep' with {shards} shards would give processes batches of different shapes; "
+            "pass 'pad' or 'drop'"
+        )
+    if buckets is not None and (not len(buckets) or min(buckets) < 1):
+        raise errors.ConfigError(f"buckets={tuple(buckets)}: expected lengths of at least 1")
+    if buckets is not None and lengths is None:
+        raise errors.ConfigError(f"buckets={tuple(buckets)}, but no column is ragged; leave buckets out")

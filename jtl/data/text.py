@@ -1,0 +1,218 @@
+"""Token sequences of different lengths: encoding without padding, and the choice of padded lengths."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jtl import errors
+
+_CHUNK = 4096
+"""Texts encoded at a time: a tokenizer's own objects take some hundred bytes a token, the arrays four."""
+
+
+class Ragged(NamedTuple):
+    """N integer sequences of different lengths, end to end; row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    Attributes:
+      values: int32 `[total]`.
+      offsets: int64 `[N + 1]`, from 0 to `total`.
+      pad: what fills a row up when it becomes part of a rectangular batch.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+    pad: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[N]`: the length of each row."""
+        return np.diff(self.offsets)
+
+
+class Encoded(NamedTuple):
+    """Encoded texts.
+
+    Attributes:
+      input_ids: the tokens of each text, special tokens included, padding not.
+      token_type_ids: 0 for the first text of a pair and 1 for the second; None where the tokenizer has
+        no such thing.
+      truncated: how many texts were cut to `max_length`.
+    """
+
+    input_ids: Ragged
+    token_type_ids: Ragged | None
+    truncated: int
+
+
+def ragged(rows: Iterable[Sequence[int]], pad: int = 0) -> Ragged:
+    """Lay rows end to end.
+
+    >>> ragged([[7, 8], [9]]).offsets
+    array([0, 2, 3])
+    """
+    return _join([list(rows)], pad)
+
+
+def tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The Hugging Face tokenizer of a local folder, without network and without code from the folder.
+
+    Args:
+      path: a folder with `tokenizer.json`, or the vocabulary files of a tokenizer that transformers knows.
+
+    Raises:
+      SourceNotFoundError: there is no such folder.
+      ConfigError: the tokenizer needs code of its own, has no fast (Rust) form, or cannot be loaded.
+      MissingExtraError: transformers is not installed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise errors.SourceNotFoundError(f"{path}: there is no such folder; expected one with tokenizer.json")
+    _refuse_remote_code(path / "tokenizer_config.json")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise errors.missing_extra("transformers", "text") from error
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # transformers indexes into these files as it finds them, so a malformed one may raise any of these.
+        reason = f"{type(error).__name__}: {error}"
+        raise errors.ConfigError(f"{path}: transformers cannot load a tokenizer from this folder: {reason}") from error
+    return _fast(loaded)
+
+
+def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, pairs: Sequence[str] | None = None) -> Encoded:
+    """Encode N texts, or N pairs of texts, without padding.
+
+    Args:
+      tokenizer: a fast Hugging Face tokenizer.
+      texts: N texts.
+      max_length: the most tokens of a row, special tokens included; longer ones are cut and counted.
+      pairs: the N second texts.
+
+    Raises:
+      ConfigError: the tokenizer is not a fast one, or `max_length` leaves no room beside the special tokens.
+      DataError: no texts, something that is not a string, or `pairs` of another length.
+    """
+    _fast(tokenizer)
+    special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+    if max_length <= special:
+        raise errors.ConfigError(f"max_length={max_length}: expected above {special}, the number of special tokens")
+    _check_texts(texts, pairs)
+    ids, types, truncated = [], [], 0
+    for start in range(0, len(texts), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        second = None if pairs is None else list(pairs[part])
+        batch = tokenizer(list(texts[part]), second, truncation=True, max_length=max_length, padding=False)
+        ids.append(batch["input_ids"])
+        types.append(batch.get("token_type_ids"))
+        truncated += sum(bool(encoding.overflowing) for encoding in batch.encodings)
+    pad = tokenizer.pad_token_id
+    typed = None if types[0] is None else _join(types, 0)
+    return Encoded(_join(ids, 0 if pad is None else pad), typed, truncated)
+
+
+def buckets(lengths: np.ndarray, *, max_length: int, max_buckets: int = 4) -> tuple[int, ...]:
+    """The padded lengths that waste the fewest tokens, from 8, 16, 24, ..., 64, 80, 96, ..., 128, 160, ...
+
+    Each length is one more shape to compile. Of the candidates up to `max_length`, which is one itself, an
+    exact search picks at most `max_buckets`, and fewer where more would save nothing.
+
+    Args:
+      lengths: int `[N]`, the number of tokens of each row.
+      max_length: the largest padded length that the model takes.
+      max_buckets: the most lengths to use.
+
+    Returns:
+      Increasing lengths, the last of which is at least `lengths.max()`.
+
+    Raises:
+      ConfigError: `max_buckets` is below 1.
+      DataError: there are no lengths, or one is above `max_length`.
+
+    >>> buckets(np.array([5, 30, 31, 60, 61]), max_length=128, max_buckets=2)
+    (32, 64)
+    """
+    lengths = np.asarray(lengths)
+    if max_buckets < 1:
+        raise errors.ConfigError(f"max_buckets={max_buckets}: expected at least 1")
+    if not lengths.size or lengths.max() > max_length:
+        found = f"row {lengths.argmax()} has {lengths.max()} tokens" if lengths.size else "there are no rows"
+        raise errors.DataError(f"buckets up to {max_length}: {found}; encode with max_length={max_length} first")
+    sizes = _candidates(int(lengths.max()), max_length)
+    return _fewest_padded(sizes, np.searchsorted(np.sort(lengths), sizes, side="right"), max_buckets)
+
+
+def _candidates(longest: int, max_length: int) -> list[int]:
+    """Multiples of 8 to 64, of 16 to 128, of 32 to 256, and so on, up to the first that holds `longest`."""
+    sizes = [min(8, max_length)]
+    while sizes[-1] < min(longest, max_length):
+        step = max(8, 1 << (sizes[-1].bit_length() - 3))
+        sizes.append(min(sizes[-1] + step, max_length))
+    return sizes
+
+
+def _fewest_padded(sizes: list[int], below: np.ndarray, most: int) -> tuple[int, ...]:
+    """Choose at most `most` of `sizes`, the last included; `below[j]` rows fit into `sizes[j]`."""
+    # best[j]: (tokens, number of sizes, sizes) for the rows that fit into sizes[j], the last size chosen.
+    best = [(int(below[j]) * sizes[j], 1, (sizes[j],)) for j in range(len(sizes))]
+    for _ in range(most - 1):
+        best = [
+            min(
+                [best[j]]
+                + [
+                    (
+                        best[i][0] + int(below[j] - below[i]) * sizes[j],
+                        best[i][1] + 1,
+                        (*best[i][2], sizes[j]),
+                    )
+                    for i in range(j)
+                ]
+            )
+            for j in range(len(sizes))
+        ]
+    return best[-1][2]
+
+
+def _join(chunks: Sequence[Sequence[Sequence[int]]], pad: int) -> Ragged:
+    lengths = [len(row) for chunk in chunks for row in chunk]
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    parts = [np.fromiter((token for row in chunk for token in row), np.int32) for chunk in chunks]
+    return Ragged(np.concatenate(parts), offsets, pad)
+
+
+def _fast(tokenizer: Any) -> Any:
+    if not getattr(tokenizer, "is_fast", False):
+        raise errors.ConfigError(
+            f"the tokenizer {type(tokenizer).__name__} has no fast (Rust) form; expected one with tokenizer.json"
+        )
+    return tokenizer
+
+
+def _refuse_remote_code(config: Path) -> None:
+    if not config.is_file():
+        return
+    try:
+        settings = json.loads(config.read_text("utf-8"))
+    except ValueError as error:
+        raise errors.ConfigError(f"{config}: not JSON: {error}") from error
+    if isinstance(settings, dict) and "AutoTokenizer" in (settings.get("auto_map") or {}):
+        raise errors.ConfigError(
+            f"{config}: the tokenizer needs Python code from its checkpoint (auto_map), which is never run; "
+            "save it with tokenizer.json alone"
+        )
+
+
+def _check_texts(texts: Sequence[str], pairs: Sequence[str] | None) -> None:
+    if not len(texts):
+        raise errors.DataError("there are no texts to encode; expected at least one")
+    if pairs is not None and len(pairs) != len(texts):
+        raise errors.DataError(f"{len(pairs)} second texts for {len(texts)} first ones; expected as many")
+    for name, column in (("texts", texts), ("pairs", pairs or ())):
+        for i, text in enumerate(column):
+            if not isinstance(text, str):
+                raise errors.DataError(f"{name}[{i}] is {text!r} ({type(text).__name__}); expected a string")

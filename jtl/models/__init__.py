@@ -1,0 +1,1 @@
+"""Model families, one file each: configuration, modules, key rules, depth groups."""

@@ -1,0 +1,1 @@
+"""Whole jobs behind the command line, written with public functions alone."""

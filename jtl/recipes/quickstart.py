@@ -1,0 +1,182 @@
+"""`jtl quickstart`: real weights, real reviews, one table of what each way of transfer buys.
+
+MiniLM on the Rotten Tomatoes reviews, split by film: feature extraction, fine-tuning of the last two
+blocks, full fine-tuning; and two controls, the same architecture from random weights, and TF-IDF
+with logistic regression. Learning rates were chosen on the validation films; the table is of the
+test films.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import jtl
+from jtl import strategies
+from jtl.data import Examples, examples, text, tfds
+from jtl.errors import ConfigError, missing_extra
+from jtl.recipes import progress, training
+from jtl.recipes.settings import Quickstart
+from jtl.weights import assets
+
+MODEL, DATA = "minilm-l6", "rotten-tomatoes"
+
+
+class Way(NamedTuple):
+    """A row of the table: how the model is trained."""
+
+    name: str
+    trainable: jtl.Mask
+    learning_rate: float
+    epochs: int
+    pretrained: bool = True
+
+
+class Row(NamedTuple):
+    """A row's outcomes, one for each seed."""
+
+    name: str
+    outcomes: Sequence[training.Outcome]
+
+
+def run(settings: Quickstart, console: Console) -> list[Row]:
+    """Run every way and every seed, and print the table.
+
+    Args:
+      settings: sizes and seeds.
+      console: where to print.
+
+    Returns:
+      The rows.
+
+    Raises:
+      ConfigError: there are not as many labelled reviews.
+    """
+    _check(settings)
+    with console.status("fetching weights and reviews"):
+        folder = assets.fetch(MODEL)
+        train, held_out = tfds.load(DATA, "train"), tfds.load(DATA, settings.split)
+        model, _ = jtl.load(folder, jtl.heads.classifier(2), key=jax.random.key(0))
+    if settings.labels > train.size:
+        raise ConfigError(f"labels={settings.labels}: there are {train.size} reviews to train on")
+    tokenizer = text.tokenizer(folder)
+    rows = []
+    with progress.steps(console) as advance:
+        for way, objective in _objectives(settings, model, _ways(model)).items():
+            outcomes = list(_outcomes(settings, way, objective, model, tokenizer, train, held_out, advance))
+            rows.append(Row(way.name, outcomes))
+        rows.append(
+            Row(
+                "TF-IDF + logistic regression",
+                [_tf_idf(settings, seed, train, held_out) for seed in range(settings.seeds)],
+            )
+        )
+    _print(settings, rows, held_out, console)
+    return rows
+
+
+def _check(settings: Quickstart) -> None:
+    if settings.labels < 2 or settings.seeds < 1 or settings.batch_size < 1:
+        raise ConfigError("labels must be at least 2, seeds and batch_size at least 1")
+
+
+def _ways(model: Any) -> list[Way]:
+    groups = strategies.depth_groups(model)
+    probe, last, full = strategies.feature_extraction(), strategies.last_blocks(groups, 2), strategies.full()
+    return [
+        Way(probe.name, probe.trainable, 1e-2, 5),
+        Way(last.name, last.trainable, 2e-4, 2),
+        Way(full.name, full.trainable, 1e-4, 2),
+        Way("random weights, all trained", full.trainable, 1e-4, 2, pretrained=False),
+    ]
+
+
+class Objective(NamedTuple):
+    """What a run minimises, and how; the same objects for every seed, so that each compiles once."""
+
+    loss_fn: Any
+    tx: optax.GradientTransformation
+
+
+def _objectives(settings: Quickstart, model: Any, ways: Sequence[Way]) -> dict[Way, Objective]:
+    metrics = {"balanced accuracy": jtl.metrics.balanced_accuracy}
+    loss_fn = jtl.supervised(model, jtl.losses.cross_entropy, metrics=metrics)
+    steps = -(-settings.labels // settings.batch_size)
+    kinds = {(way.learning_rate, way.epochs * steps) for way in ways}
+    chains = {
+        kind: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(training.schedule(*kind))) for kind in kinds
+    }
+    return {way: Objective(loss_fn, chains[way.learning_rate, way.epochs * steps]) for way in ways}
+
+
+def _outcomes(
+    settings: Quickstart,
+    way: Way,
+    objective: Objective,
+    model: Any,
+    tokenizer: Any,
+    train: Examples,
+    held_out: Examples,
+    advance: Callable[[str, int], progress.OnStep],
+) -> Iterator[training.Outcome]:
+    sizes = {"max_length": settings.max_length, "batch_size": settings.batch_size}
+    test, _ = training.text_batches(tokenizer, held_out, **sizes)
+    for seed in range(settings.seeds):
+        subset = examples.subset(train, settings.labels, seed=seed)
+        batches, _ = training.text_batches(tokenizer, subset, seed=seed, epochs=way.epochs, **sizes)
+        head_key, run_key = jax.random.split(jax.random.key(seed))
+        _, variables = jtl.load(MODEL, model.head, key=head_key, pretrained=way.pretrained)
+        on_step = advance(f"{way.name}, seed {seed}", len(batches))
+        yield training.run(*objective, variables, way.trainable, batches, test, key=run_key, on_step=on_step).outcome
+
+
+def _tf_idf(settings: Quickstart, seed: int, train: Examples, held_out: Examples) -> training.Outcome:
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import balanced_accuracy_score
+    except ImportError as error:
+        raise missing_extra("scikit-learn", "all") from error
+    subset = examples.subset(train, settings.labels, seed=seed)
+    vectorizer, classifier = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0)
+    started = time.perf_counter()
+    classifier.fit(vectorizer.fit_transform(subset.columns["text"]), subset.labels)
+    seconds = time.perf_counter() - started
+    predicted = classifier.predict(vectorizer.transform(held_out.columns["text"]))
+    score = float(balanced_accuracy_score(held_out.labels, predicted))
+    weights = int(np.size(classifier.coef_) + np.size(classifier.intercept_))
+    return training.Outcome(weights, 0, 0.0, 0.0, seconds, subset.size / seconds, {"balanced accuracy": score})
+
+
+def _print(settings: Quickstart, rows: Sequence[Row], held_out: Examples, console: Console) -> None:
+    films = 0 if held_out.groups is None else len(set(held_out.groups))
+    table = Table(
+        title=f"{MODEL} on {settings.labels} reviews; {held_out.size} reviews of {films} other films held out",
+        caption=f"mean and 95% t interval over {settings.seeds} seeds; seconds without compilation",
+    )
+    table.add_column("strategy")
+    names = ("trained", "optimizer bytes", "GFLOP/example", "compile s", "seconds", "examples/s", "balanced accuracy")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row.name, *_cells(row.outcomes))
+    console.print(table)
+
+
+def _cells(outcomes: Sequence[training.Outcome]) -> list[str]:
+    first = outcomes[0]
+    mean, half = training.interval([outcome.scores["balanced accuracy"] for outcome in outcomes])
+    return [
+        f"{first.trained:,}",
+        f"{first.state_bytes:,}",
+        f"{first.gflops:.3f}" if first.gflops else "-",
+        f"{first.compile_seconds:.1f}" if first.gflops else "-",
+        f"{np.mean([outcome.seconds for outcome in outcomes]):.1f}",
+        f"{np.mean([outcome.examples_per_second for outcome in outcomes]):,.0f}",
+        f"{mean:.3f}" + (f" ± {half:.3f}" if len(outcomes) > 1 else ""),
+    ]

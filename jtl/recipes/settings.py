@@ -1,0 +1,91 @@
+"""What each command can be told; plain dataclasses, so that `--help` imports nothing heavy."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+StrategyName = Literal["feature-extraction", "last-blocks", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Train MiniLM on real film reviews in three ways, beside two controls, and print one table."""
+
+    labels: int = 1000
+    """Labelled reviews to train on."""
+    seeds: int = 3
+    """Repetitions, each with a subset, initial head and order of its own."""
+    batch_size: int = 32
+    """Reviews of a batch."""
+    max_length: int = 64
+    """Tokens of a review; longer ones are cut, and counted."""
+    split: Literal["test", "validation"] = "test"
+    """The films to evaluate on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a pretrained model on labelled texts of your own."""
+
+    data: str
+    """A CSV, TSV or JSONL file, a folder with one sub-folder of .txt files for each class, or tfds:NAME."""
+    model: str = "minilm-l6"
+    """A packaged model, a checkpoint folder, or a hub id such as org/name."""
+    strategy: StrategyName = "last-blocks"
+    """What to train."""
+    blocks: int = 2
+    """How many blocks, for the strategy last-blocks."""
+    trainable: tuple[str, ...] = ()
+    """Patterns of the leaves to train, instead of a strategy; see `jtl inspect`."""
+    out: Path | None = None
+    """A new folder for the trained model, its scores and these settings."""
+    text: str = "text"
+    """The column of texts."""
+    label: str = "label"
+    """The column of labels."""
+    group: str | None = None
+    """A column whose values must not be both trained on and held out, such as an author."""
+    classes: tuple[str, ...] = ()
+    """The class names in order; any other label is an error. By default those that occur."""
+    held_out: str = "0.2"
+    """The share of examples to evaluate on, or another file, folder or tfds:NAME:SPLIT."""
+    skip_bad: bool = False
+    """Leave malformed rows out, and list them, where one would be an error."""
+    epochs: int = 3
+    """Passes over the training examples."""
+    batch_size: int = 32
+    """Examples of a batch."""
+    learning_rate: float | None = None
+    """The highest learning rate; by default one that suits the strategy."""
+    max_length: int = 128
+    """Tokens of a text; longer ones are cut, and counted."""
+    seed: int = 0
+    """Of the split, the initial head, the order and dropout."""
+    revision: str | None = None
+    """A branch, tag or commit of a hub repository."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """List the packaged models and the families that load from a folder or the hub."""
+
+    pattern: Annotated[str, tyro.conf.Positional] = "*"
+    """A glob over names, such as 'minilm*'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show a model's parameters as a tree, with counts, and which of them a mask trains."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A packaged model, a checkpoint folder, or a hub id."""
+    trainable: tuple[str, ...] = ("head",)
+    """Patterns of trained leaves: 'head', 'encoder/layer_[45]', '**/bias'."""
+    outputs: int = 2
+    """Outputs of the new head; 0 for none."""
+    depth: int = 3
+    """How many levels of the tree to show."""
+    revision: str | None = None
+    """A branch, tag or commit of a hub repository."""

@@ -1,0 +1,193 @@
+"""Training and evaluation steps: pure functions, not compiled for you.
+
+    step = jax.jit(jtl.train_step(loss_fn, tx), donate_argnums=0)
+    state, metrics = step(state, frozen, batch)
+
+The loss is differentiated with respect to the trained half alone, so that nothing a user puts
+into the optimizer chain can bring the gradients of frozen leaves back.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jtl import metrics as jmetrics
+from jtl import tree as jtree
+from jtl.errors import ConfigError
+from jtl.modes import Modes, follow
+from jtl.state import Frozen, TrainState, standard_promotion
+from jtl.typing import Batch, Collections, Key, MaskLike, Params
+
+Metrics = dict[str, Any]
+Step = Callable[[TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Frozen, Batch], Metrics]
+
+
+class Aux(NamedTuple):
+    """What a loss reports beside its value.
+
+    Attributes:
+      metrics: by name, scalars or accumulators of `jtl.metrics`.
+      collections: the collections after the call, or `{}` if none changed.
+    """
+
+    metrics: Metrics
+    collections: Collections
+
+
+@runtime_checkable
+class LossFn(Protocol):
+    """All that jtl asks of a loss.
+
+    `params` and `collections` are whole trees. `key` is `None` in evaluation.
+    """
+
+    def __call__(
+        self, params: Params, collections: Collections, batch: Batch, *, key: Key | None
+    ) -> tuple[jax.Array, Aux]:
+        """Scalar loss of a batch."""
+        ...
+
+
+def train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    frozen_dropout: bool = False,
+    grad_norm: bool = False,
+) -> Step:
+    """One update of the trained half.
+
+    BatchNorm and dropout follow the mask that `state` was made with, whatever the model
+    asks for: see `jtl.modes`.
+
+    Args:
+      loss_fn: the loss; it is called with whole trees.
+      tx: the transform that `jtl.init` was given. `value=loss` is passed on to transforms that
+        take it.
+      frozen_dropout: keep dropout active inside wholly frozen modules.
+      grad_norm: report the global norm of the trained leaves' gradients as `grad_norm`.
+
+    Returns:
+      `step(state, frozen, batch) -> (state, metrics)`. `metrics` has `loss` and whatever the
+      loss reports, accumulators computed.
+    """
+    loss_fn, tx = _unjitted(loss_fn), optax.with_extra_args_support(tx)
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        next_key, key = jax.random.split(state.key)
+
+        def loss_of(trained: Params) -> tuple[jax.Array, Aux]:
+            return _call(loss_fn, state._replace(params=trained), frozen, batch, key, frozen_dropout)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        with standard_promotion():
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        new = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            collections=_moved(state, aux.collections),
+            opt_state=opt_state,
+            key=next_key,
+        )
+        report = {"loss": loss, **jmetrics.compute(aux.metrics)}
+        return new, {**report, "grad_norm": optax.global_norm(grads)} if grad_norm else report
+
+    return step
+
+
+def eval_step(loss_fn: LossFn) -> EvalStep:
+    """The metrics of one batch, with every module in inference mode and nothing random.
+
+    Args:
+      loss_fn: the loss; it is called with `key=None`.
+
+    Returns:
+      `step(state, frozen, batch) -> metrics`, accumulators not yet computed: add those of
+      several batches with `jtl.metrics.merge`, or let `jtl.evaluate` do both.
+    """
+    loss_fn = _unjitted(loss_fn)
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
+        loss, aux = _call(loss_fn, state, frozen, batch, None, False)
+        return jmetrics.accumulators({"loss": loss, **aux.metrics})
+
+    return step
+
+
+def _call(
+    loss_fn: LossFn, state: TrainState, frozen: Frozen, batch: Batch, key: Key | None, frozen_dropout: bool
+) -> tuple[jax.Array, Aux]:
+    params = jtree.combine(state.params, frozen.params)
+    collections = jtree.combine(state.collections, frozen.collections)
+    mask = jtree.mask_of(state.params if key is not None else {}, params)
+    with follow(Modes(params, mask, frozen_dropout=frozen_dropout)):
+        return _checked(loss_fn(params, collections, batch, key=key))
+
+
+def _unjitted(loss_fn: LossFn) -> LossFn:
+    # The step is compiled as a whole; a jit around the loss alone would only hide its jaxpr.
+    return inspect.unwrap(loss_fn) if hasattr(loss_fn, "lower") else loss_fn
+
+
+def _checked(result: Any) -> tuple[jax.Array, Aux]:
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Aux)):
+        raise ConfigError(
+            f"a loss returns (loss, jtl.Aux(metrics, collections)); this one returned {jax.tree.structure(result)}"
+        )
+    if jnp.shape(result[0]) != ():
+        raise ConfigError(f"a loss is a scalar; this one has shape {jnp.shape(result[0])}: take its mean")
+    return result
+
+
+def _moved(state: TrainState, collections: Collections) -> Collections:
+    """The moving statistics as the loss left them; collections it does not return stay."""
+    returned = {name: collections.get(name, before) for name, before in state.collections.items()}
+    after = dict(jtree.leaves_with_paths(returned))
+    absent = [path for path in jtree.paths(state.collections) if path not in after]
+    if absent:
+        raise ConfigError(f"the loss returned collections without {absent[:3]}, which the mask lets move")
+    return jtree.map_with_paths(lambda path, _: after[path], state.collections)
+
+
+def finetune(tx: optax.GradientTransformation, *, trainable: MaskLike) -> optax.GradientTransformationExtraArgs:
+    """The whole-tree form of the mask, for people with a training loop of their own.
+
+    `tx` runs on the True leaves, as if the others did not exist: clipping, decay and state
+    are theirs alone. The others get zero updates. Gradients of frozen leaves are still computed
+    if the loop asks for them; `jtl.train_step` does not.
+
+    Args:
+      tx: any optax transform.
+      trainable: the mask. True means trained.
+
+    Returns:
+      A transform over whole trees.
+
+    Raises:
+      MaskError: at `init`, if the mask does not fit the params.
+
+    >>> params = {"head": jnp.ones(2), "stem": jnp.ones(2)}
+    >>> tx = finetune(optax.adamw(0.1), trainable={"head": True, "stem": False})
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> updates["stem"].tolist()
+    [0.0, 0.0]
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Params) -> optax.OptState:
+        return tx.init(jtree.partition(params, trainable)[0])
+
+    def update(updates: Params, state: optax.OptState, params: Params | None = None, **extra: Any) -> Any:
+        mask = jtree.as_bools(trainable, updates if params is None else params)
+        trained = None if params is None else jtree.partition(params, mask)[0]
+        chosen, rest = jtree.partition(updates, mask)
+        with standard_promotion():
+            chosen, state = tx.update(chosen, state, trained, **extra)
+        return jtree.combine(chosen, jax.tree.map(jnp.zeros_like, rest)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

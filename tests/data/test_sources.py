@@ -1,0 +1,204 @@
+import bz2
+import csv
+import gzip
+import io
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jtl import errors
+from jtl.data.sources import read
+
+GOOD = "text,label\ngood film,pos\nbad film,neg\n"
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", GOOD),
+        ("a.CSV", GOOD),
+        ("a.csv", "\ufeff" + GOOD),
+        ("a.csv", GOOD.replace("\n", "\r\n")),
+        ("a.csv", GOOD.replace("\n", "\r")),
+        ("a.csv", GOOD.replace("\n", "\n\n")),
+        ("a.csv", GOOD.replace("pos", " pos ")),
+        ("a.tsv", GOOD.replace(",", "\t")),
+        ("a.csv.gz", gzip.compress(GOOD.encode())),
+        ("a.csv.bz2", bz2.compress(GOOD.encode())),
+        ("a.jsonl", lines({"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"})),
+        ("a.v2.jsonl", '\n{"text": "good film", "label": "pos"}\r\n{"text": "bad film", "label": "neg"}'),
+    ],
+)
+def test_every_format_reads_the_same(tmp_path, name, content):
+    examples = read(write(tmp_path, name, content))
+    assert examples.columns == {"text": ["good film", "bad film"]}
+    assert examples.classes == ("neg", "pos")
+    assert examples.labels.tolist() == [1, 0]
+    assert examples.labels.dtype == "int32"
+    assert (examples.groups, examples.skipped, examples.name) == (None, (), name)
+
+
+def test_columns_may_have_other_names_and_groups(tmp_path):
+    path = write(tmp_path, "a.csv", "id,body,y,film\n1,good,1,A\n2,bad,0,B\n")
+    examples = read(path, text="body", label="y", group="film")
+    assert examples.columns["text"] == ["good", "bad"]
+    assert examples.groups.tolist() == ["A", "B"]
+
+
+def test_integer_classes_sort_by_value(tmp_path):
+    path = write(tmp_path, "a.jsonl", lines(*[{"text": "t", "label": i} for i in (10, 9, -1)]))
+    assert read(path).classes == ("-1", "9", "10")
+
+
+def test_declared_classes_keep_their_order(tmp_path):
+    examples = read(write(tmp_path, "a.csv", GOOD), classes=["pos", "neg", "mixed"])
+    assert examples.classes == ("pos", "neg", "mixed")
+    assert examples.labels.tolist() == [0, 1]
+
+
+def test_fields_above_the_csv_limit_are_read(tmp_path):
+    limit = csv.field_size_limit()
+    path = write(tmp_path, "a.csv", f"text,label\n{'x' * (limit + 1)},a\ny,b\n")
+    assert len(read(path).columns["text"][0]) == limit + 1
+    assert csv.field_size_limit() == limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip),
+            st.sampled_from(["a", "b"]),
+        ),
+        min_size=1,
+    )
+)
+def test_any_text_comes_back_from_csv_and_jsonl(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("any")
+    rows = [("first", "a"), ("second", "b"), *rows]
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("text", "label"), *rows])
+    expected = [text for text, _ in rows]
+    assert read(write(folder, "a.csv", table.getvalue())).columns["text"] == expected
+    objects = lines(*[{"text": text, "label": label} for text, label in rows])
+    assert read(write(folder, "a.jsonl", objects)).columns["text"] == expected
+
+
+BAD_CSV_ROWS = [
+    ("one\n", "row 4: 1 fields; expected 2"),
+    ("one,two,three\n", "row 4: 3 fields; expected 2"),
+    (",pos\n", "row 4: 'text' is empty"),
+    ("   ,pos\n", "row 4: 'text' is empty"),
+    ("fine,\n", "row 4: 'label' is empty"),
+    (b"caf\xe9,pos\n", "row 4: byte 0xE9 is not UTF-8"),
+    (b"fine,p\xffs\n", "row 4: byte 0xFF is not UTF-8"),
+    ("a\0b,pos\n", "row 4: a NUL byte"),
+    ('"a" b,pos\n', "row 4: .*double a quote"),
+    ("fine,other\n", "row 4: label 'other' is not a declared class; expected neg, pos"),
+    ("fine,poss\n", "did you mean 'pos'"),
+    ('"two\nlines",pos\nshort\n', "row 6: 1 fields"),
+    ('"two\nlines",pos,more\n', "row 4: 3 fields"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_CSV_ROWS)
+def test_a_bad_csv_row_is_named(tmp_path, row, message):
+    content = GOOD.encode() + (row if isinstance(row, bytes) else row.encode()) + b"last one,pos\n"
+    path = write(tmp_path, "a.csv", content)
+    with pytest.raises(errors.DataError, match=f"a.csv, {message}" if message.startswith("row") else message):
+        read(path, classes=["neg", "pos"])
+    examples = read(path, classes=["neg", "pos"], skip_bad=True)
+    assert examples.columns["text"][-1] == "last one"
+    (skipped,) = examples.skipped
+    assert skipped.file == str(path)
+    assert re.search(message, f"row {skipped.row}: {skipped.reason}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "t", "label": "pos"', "row 3: not JSON: .*delimiter"),
+        ("[1, 2]", "row 3: a JSON array; expected an object with text, label"),
+        ("null", "row 3: a JSON null"),
+        ("7", "row 3: a JSON number"),
+        ('{"text": "t"}', "row 3: no field 'label'; the object has 'text'"),
+        ('{"text": "t", "lable": 1}', "did you mean 'lable'"),
+        ('{"text": null, "label": "pos"}', "row 3: 'text' is None .* expected a string"),
+        ('{"text": 3, "label": "pos"}', "row 3: 'text' is 3 .* expected a string"),
+        ('{"text": "t", "label": null}', "row 3: 'label' is None"),
+        ('{"text": "t", "label": true}', "row 3: 'label' is True"),
+        ('{"text": "t", "label": 1.5}', "row 3: 'label' is 1.5"),
+        ('{"text": "t", "label": "pos", "text": "u"}', "row 3: not JSON: the field 'text' is there twice"),
+        ('{"text": "\\ud83d", "label": "pos"}', "row 3: an unpaired surrogate"),
+        ('{"text": "a\\u0000b", "label": "pos"}', "row 3: a NUL byte"),
+        ('{"text": "t", "label": ' + "9" * 5000 + "}", "row 3: not JSON"),
+        ("[" * 100_000, "row 3: not JSON"),
+        (b'{"text": "caf\xe9", "label": "pos"}', "row 3: byte 0xE9"),
+    ],
+)
+def test_a_bad_json_row_is_named(tmp_path, row, message):
+    good = lines({"text": "t", "label": "pos"}, {"text": "u", "label": "neg"})
+    path = write(tmp_path, "a.jsonl", good.encode() + (row if isinstance(row, bytes) else row.encode()) + b"\n")
+    with pytest.raises(errors.DataError, match=message):
+        read(path)
+    assert [skipped.row for skipped in read(path, skip_bad=True).skipped] == [3]
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "the file is empty"),
+        ("a.csv", "\n \n", "the file is empty"),
+        ("a.csv", "\ufeff", "the file is empty"),
+        ("a.jsonl", "", "the file is empty"),
+        ("a.csv", "text,label\n", "no rows to use"),
+        ("a.csv", "text,label\nonly\n", "row 2"),
+        ("a.csv", "text,lable\nx,y\n", "no column 'label'; the header has 'text', 'lable'; did you mean 'lable'"),
+        ("a.csv", "text,label,text\nx,y,z\n", "the header has 'text' more than once"),
+        ("a.csv", 'text,"lab"el\nx,y\n', r"row 1 \(the header\)"),
+        ("a.csv", GOOD + 'x,"never closed\ny,pos\n', "row 4: a quote opens here and is never closed"),
+        ("a.csv", "text,label\nx,pos\ny,pos\n", "all 2 examples are of the class 'pos'"),
+        ("a.csv.gz", b"not gzip", "cannot be read"),
+        ("a.csv.gz", gzip.compress(GOOD.encode())[:-9], "cannot be read"),
+        ("a.csv.bz2", bz2.compress(GOOD.encode())[:-9], "cannot be read"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, name, content, message, skip_bad):
+    with pytest.raises(errors.DataError, match=message):
+        read(write(tmp_path, name, content), skip_bad=skip_bad)
+
+
+def test_a_missing_group_column_is_refused(tmp_path):
+    with pytest.raises(errors.DataError, match="no column 'film'"):
+        read(write(tmp_path, "a.csv", GOOD), group="film")
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    write(tmp_path, "train.csv", GOOD)
+    with pytest.raises(errors.SourceNotFoundError, match=r"did you mean 'train.csv'"):
+        read(tmp_path / "trian.csv")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        read(tmp_path / "no" / "such.csv")
+
+
+def test_settings_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(errors.ConfigError, match=r"expected .csv, .tsv, .jsonl"):
+        read(write(tmp_path, "a.parquet", "x"))
+    with pytest.raises(errors.ConfigError, match="a name is there twice"):
+        read(write(tmp_path, "a.csv", GOOD), classes=["pos", "pos"])
+    with pytest.raises(errors.ConfigError, match="no column 'film'"):
+        read(tmp_path, group="film")
