@@ -1,0 +1,2 @@
+from . import cases
+def test_x(): assert cases.A==1
