@@ -45,7 +45,8 @@ def main(args: list[str] | None = None) -> None:
 
     recipe = importlib.import_module(f"jtl.recipes.{_RECIPES[type(command)]}")
     try:
-        recipe.run(command, Console())
+        # A pipe or a log has no width of its own; rich would fold tables at 80 columns.
+        recipe.run(command, Console(width=None if sys.stdout.isatty() else 100))
     except JtlError as error:
         print(f"jtl: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -77,10 +77,11 @@ def describe(model: Any) -> dict[str, Any]:
     Raises:
       ConfigError: the model is of no family, or its head is not one of `jtl.heads`.
     """
-    if model.head is not None and not isinstance(model.head, heads.Linear):
+    family = registry.of_model(model)
+    if model.head is not None and type(model.head) is not heads.Linear:  # a subclass is another module
         raise ConfigError(
             f"save knows the heads of jtl.heads, not {type(model.head).__name__}: keep the module's code yourself, "
             "and its variables with jtl.weights.safetensors.write_tensors"
         )
     head = model.head and {name: getattr(model.head, name) for name in ("outputs", "dropout", "scale")}
-    return {"family": registry.of_model(model).name, "config": dataclasses.asdict(model.config), "head": head}
+    return {"family": family.name, "config": dataclasses.asdict(model.config), "head": head}

@@ -113,22 +113,16 @@ def follow(modes: Modes) -> Iterator[None]:
 def _intercept(modes: Modes, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
     module, switches = context.module, modes.switches()
     fields = [name for name in switches if getattr(module, name, None) is not None]
-    parameters = [
-        name for name in switches if name in _parameters(type(module), context.method_name) and name not in fields
-    ]
+    signature = inspect.signature(context.orig_method)
+    parameters = [name for name in switches if name in signature.parameters and name not in fields]
     if module.scope is None or not (fields or parameters) or not modes.is_frozen_module(module):
         return next_fun(*args, **kwargs)
     if parameters:
-        bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.arguments.update({name: switches[name] for name in parameters})
         args, kwargs = bound.args, bound.kwargs
     with _attributes(module, {name: switches[name] for name in fields}):
         return next_fun(*args, **kwargs)
-
-
-@functools.lru_cache(maxsize=1024)
-def _parameters(kind: type[nn.Module], method: str) -> frozenset[str]:
-    return frozenset(inspect.signature(getattr(kind, method)).parameters)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,5 @@
 """`load`: a pretrained model as a pure function and a pytree of parameters."""
 
-import dataclasses
-import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,9 @@ import jax.numpy as jnp
 
 from jtl import heads
 from jtl import tree as jtree
-from jtl.errors import ConfigError, SourceNotFoundError, WeightsError
+from jtl.errors import ConfigError, SourceNotFoundError
 from jtl.models import registry
-from jtl.models.family import Family
+from jtl.models.family import Family, read_json
 from jtl.typing import Key, Params, PyTree
 from jtl.weights import convert, safetensors
 from jtl.weights.assets import ASSETS
@@ -88,17 +85,16 @@ def build(source: Source, head: nn.Module | None, overrides: Mapping[str, Any]) 
     """
     folder = _folder(source)
     if (folder / OWN).is_file():
-        settings = _json(folder / OWN)
+        settings = read_json(folder / OWN)
         family = registry.get(settings.get("family"))
-        config = family.parse(settings.get("config", {}), None, {})
+        config = family.parse(settings.get("config", {}), None, overrides)
         saved = settings.get("head")
         head = heads.Linear(**saved) if head is None and saved else head
     else:
-        settings = _json(_config_file(source))
+        settings = read_json(_config_file(source))
         family = registry.get(settings.get("model_type"))
-        config = family.parse(settings, folder, {})
-    _check_overrides(config, overrides)
-    return family, family.build(dataclasses.replace(config, **overrides), head)
+        config = family.parse(settings, folder, overrides)
+    return family, family.build(config, head)
 
 
 def shapes(family: Family, model: Any) -> Params:
@@ -115,7 +111,7 @@ def _filled(source: Source, family: Family, model: Any, tensors: Mapping[str, An
         keys = [convert.KeyRule(path, f"params/{path}", convert.KEEP) for path in jtree.paths(target)]
         ignored = ("params/head",) if new_head else ()
     else:
-        tensors = {family.rename(name): value for name, value in tensors.items()}
+        tensors = convert.renamed(tensors, family.rename, source.name)
     return convert.convert(target, tensors, keys, new=new, ignored=ignored, name=source.name)
 
 
@@ -131,24 +127,6 @@ def _config_file(source: Source) -> Path:
     if not path.is_file():
         raise SourceNotFoundError(f"{path} does not exist: a checkpoint has its config.json beside its weights")
     return path
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{path} holds a {type(settings).__name__}, expected an object")
-    return settings
-
-
-def _check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(config)]
-    for name in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-            raise ConfigError(f"{type(config).__name__} has no field {name!r}; nearest: {', '.join(near)}")
 
 
 def _initial(family: Family, model: Any, key: Key | None, subtree: str | None = None) -> Params:

@@ -50,14 +50,15 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _segment(glob: str) -> str:
-    return r"((?:/[^/]+)*?)" if glob == "**" else "/" + re.sub(r"\*|\?|\[!?.[^\]]*\]|.", _translate, glob)
+    return r"((?:/[^/]+)*?)" if glob == "**" else "/" + re.sub(r"\*|\?|\[!?+.[^\]]*\]|.", _translate, glob)
 
 
 def _translate(token: re.Match[str]) -> str:
     glob = token.group()
     if len(glob) > 1:
-        inside = glob[1:-1].replace("\\", r"\\")
-        return f"([^/{inside[1:]}])" if inside.startswith("!") else f"([{inside}])"
+        negated = glob.startswith("[!")
+        inside = re.sub(r"([^\w-])", r"\\\1", glob[2 if negated else 1 : -1])
+        return f"([^/{inside}])" if negated else f"([{inside}])"
     return {"*": "([^/]*)", "?": "([^/])"}.get(glob) or re.escape(glob)
 
 

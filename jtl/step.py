@@ -95,7 +95,7 @@ def train_step(
             key=next_key,
         )
         report = {"loss": loss, **jmetrics.compute(aux.metrics)}
-        return new, {**report, "grad_norm": optax.global_norm(grads)} if grad_norm else report
+        return new, {**report, "grad_norm": optax.tree.norm(grads)} if grad_norm else report
 
     return step
 

@@ -143,6 +143,10 @@ def combine(*trees: PyTree) -> PyTree:
             raise ValueError(f"combine: {len(present)} of {len(leaves)} trees have a leaf at {path_str(path)}")
         return present[0] if present else None
 
+    first, *others = (jax.tree.structure(tree, is_leaf=lambda x: x is None) for tree in trees)
+    for other in others:
+        if other != first:
+            raise ValueError(f"combine: the trees' structures differ: {first} against {other}")
     return jax.tree_util.tree_map_with_path(pick, *trees, is_leaf=lambda x: x is None)
 
 

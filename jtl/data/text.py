@@ -71,6 +71,7 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_dir():
         raise errors.SourceNotFoundError(f"{path}: there is no such folder; expected one with tokenizer.json")
+    _require_vocabulary(path)
     _refuse_remote_code(path / "tokenizer_config.json")
     try:
         from transformers import AutoTokenizer
@@ -191,6 +192,15 @@ def _fast(tokenizer: Any) -> Any:
             f"the tokenizer {type(tokenizer).__name__} has no fast (Rust) form; expected one with tokenizer.json"
         )
     return tokenizer
+
+
+def _require_vocabulary(folder: Path) -> None:
+    # Without one, transformers makes a tokenizer that knows its special tokens and nothing else.
+    names = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+    if not any(next(folder.glob(name), None) for name in names):
+        raise errors.ConfigError(
+            f"{folder} has no tokenizer: cannot load a tokenizer without one of {', '.join(names)}"
+        )
 
 
 def _refuse_remote_code(config: Path) -> None:

@@ -14,7 +14,6 @@ References:
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,21 @@ import jax
 import jax.numpy as jnp
 
 from jtl.errors import ConfigError
-from jtl.models.family import Family, Features
-from jtl.models.layers import ACTIVATIONS, SelfAttention, call_head, masked_mean
+from jtl.models.family import Family, Features, check_overrides, read_json
+from jtl.models.layers import ACTIVATIONS, Dense, SelfAttention, call_head, masked_mean
 from jtl.weights.convert import KEEP, TRANSPOSE, KeyRule
 
 POOLS = ("pooler", "mean", "cls", "max")
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,10 @@ class BertConfig:
     pool: str = "pooler"
 
     def __post_init__(self):
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an integer above 0, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -106,7 +119,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., width]` to `[..., width]`."""
         c = self.config
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(c.initializer_range))
+        dense = functools.partial(Dense, init_scale=c.initializer_range, dtype=self.dtype)
         return dense(c.hidden_size, name="down")(ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, name="up")(x)))
 
 
@@ -197,8 +210,7 @@ class Bert(nn.Module):
             return jnp.max(jnp.where(jnp.expand_dims(mask, -1), x, jnp.finfo(x.dtype).min), axis=1)
         if c.pool == "cls":
             return x[:, 0]
-        init = nn.initializers.normal(c.initializer_range)
-        return jnp.tanh(nn.Dense(c.hidden_size, dtype=self.dtype, kernel_init=init, name="pooler")(x[:, 0]))
+        return jnp.tanh(Dense(c.hidden_size, c.initializer_range, self.dtype, name="pooler")(x[:, 0]))
 
 
 def _norm(config: BertConfig, dtype: Any, name: str) -> nn.LayerNorm:
@@ -264,13 +276,14 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
     Raises:
       ConfigError: settings that this family does not have, such as relative positions.
     """
+    check_overrides(BertConfig, overrides)
     fields = {field.name for field in dataclasses.fields(BertConfig)}
     unsupported = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
     for name, value in unsupported.items():
         if settings.get(name, value) != value:
             raise ConfigError(f"config.json sets {name}={settings[name]!r}; jtl's BERT has only {name}={value!r}")
     chosen = {name: value for name, value in settings.items() if name in fields}
-    pooling = None if folder is None else _sentence_pooling(folder)
+    pooling = None if folder is None or "pool" in overrides else _sentence_pooling(folder)
     return BertConfig(**{**chosen, **({"pool": pooling} if pooling else {}), **overrides})
 
 
@@ -278,16 +291,17 @@ def _sentence_pooling(folder: Path) -> str | None:
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return None
-    settings = json.loads(path.read_text())
+    settings = read_json(path)
     modes = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_max_tokens": "max",
     }
-    chosen = [pool for name, pool in modes.items() if settings.get(name)]
-    if len(chosen) != 1:
-        raise ConfigError(f"{path} asks for the pooling modes {chosen}; jtl has one of mean, cls and max: set pool=")
-    return chosen[0]
+    # Each mode that is on counts, those that jtl lacks too: several are concatenated.
+    chosen = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+    if len(chosen) != 1 or chosen[0] not in modes:
+        raise ConfigError(f"{path} asks for the pooling modes {chosen}; jtl has one of {sorted(modes)}: set pool=")
+    return modes[chosen[0]]
 
 
 def example(config: BertConfig) -> dict[str, jax.ShapeDtypeStruct]:

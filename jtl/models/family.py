@@ -1,5 +1,8 @@
 """The contract that every model family answers, after timm's."""
 
+import dataclasses
+import difflib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from jtl.errors import ConfigError, WeightsError
 from jtl.weights.convert import KeyRule
 
 
@@ -50,3 +54,35 @@ class Family(NamedTuple):
     rename: Callable[[str], str]
     depth_groups: Callable[[Any], list[tuple[str, ...]]]
     paper: str
+
+
+def check_overrides(config: type, overrides: Mapping[str, Any]) -> None:
+    """Refuse to set what a configuration does not have.
+
+    Args:
+      config: a dataclass.
+      overrides: values by field.
+
+    Raises:
+      ConfigError: names the field, and the nearest ones.
+    """
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+            raise ConfigError(f"{config.__name__} has no field {name!r}; nearest: {', '.join(near)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      WeightsError: it is not JSON, or not an object.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path} holds a {type(settings).__name__}, expected an object")
+    return settings

@@ -18,7 +18,7 @@ def get(model_type: Any) -> Family:
     Raises:
       ConfigError: no such family.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"the model type {model_type!r} is not among the families jtl has: {sorted(FAMILIES)}")
     return importlib.import_module(FAMILIES[model_type]).FAMILY
 

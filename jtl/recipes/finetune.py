@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import jtl
@@ -41,7 +42,7 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     _report_data(train, held_out, console)
     head_key, run_key = jax.random.split(jax.random.key(settings.seed))
     head = jtl.heads.classifier(len(train.classes))
-    with console.status(f"loading {settings.model}"):
+    with console.status(f"loading {escape(settings.model)}"):
         source = resolve(settings.model, revision=settings.revision)
         _check_modality(source, train)
         model, variables = jtl.load(source.path, head, key=head_key)
@@ -54,7 +55,7 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     loss_fn = jtl.supervised(model, jtl.losses.cross_entropy, metrics=metrics)
     mesh = jtl.parallel.data_mesh() if jax.device_count() > 1 else None
     with progress.steps(console) as advance:
-        on_step = advance(strategy.name, len(batches))
+        on_step = advance(escape(strategy.name), len(batches))
         done = training.run(
             loss_fn, tx, variables, strategy.trainable, batches, test, key=run_key, mesh=mesh, on_step=on_step
         )
@@ -63,7 +64,9 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
         notes = {"settings": _plain(settings), "outcome": done.outcome._asdict(), "source": source.name}
         whole = jtl.variables(done.state, done.frozen)
         jtl.save(settings.out, model, whole, classes=train.classes, tokenizer=tokenizer, notes=notes)
-        console.print(f"saved to {settings.out}; jtl.load({str(settings.out)!r}) takes it back")
+        console.print(
+            f"saved to {settings.out}; jtl.load({str(settings.out)!r}) takes it back", markup=False, soft_wrap=True
+        )
     return done.outcome
 
 
@@ -144,15 +147,16 @@ def _batches(
 
 
 def _report_data(train: Examples, held_out: Examples, console: Console) -> None:
-    console.print(f"{train.size} examples to train on, {held_out.size} held out, classes {', '.join(train.classes)}")
+    counts = f"{train.size} examples to train on, {held_out.size} held out"
+    console.print(f"{counts}, classes {', '.join(train.classes)}", markup=False)
     for skipped in train.skipped:
-        console.print(f"skipped {skipped.file}, row {skipped.row}: {skipped.reason}", markup=False)
+        console.print(f"skipped {skipped.file}, row {skipped.row}: {skipped.reason}", markup=False, soft_wrap=True)
     if train.skipped:
         console.print(f"{len(train.skipped)} rows skipped")
 
 
 def _print(name: str, outcome: training.Outcome, held_out: Examples, console: Console) -> None:
-    table = Table(title=f"{name}, on {held_out.size} held-out examples")
+    table = Table(title=f"{escape(name)}, on {held_out.size} held-out examples")
     values = {
         "trained parameters": f"{outcome.trained:,}",
         "optimizer bytes": f"{outcome.state_bytes:,}",

@@ -1,6 +1,7 @@
 """`jtl inspect`: a model's parameters as a tree, and which of them a mask trains."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 
 from jtl import heads, masks
@@ -21,9 +22,10 @@ def run(settings: Inspect, console: Console) -> None:
     head = heads.regressor(settings.outputs) if settings.outputs else None
     family, model = build(resolve(settings.model, revision=settings.revision), head, {})
     params = shapes(family, model)
-    mask = masks.select(*settings.trainable)(params)
+    patterns = settings.trainable or (("head",) if settings.outputs else ("**",))
+    mask = masks.select(*patterns)(params)
     trained, whole = jtree.size(jtree.partition(params, mask)[0]), jtree.size(params)
-    root = Tree(f"[bold]{settings.model}[/bold] ({family.name}): {_share(trained, whole)}")
+    root = Tree(f"[bold]{escape(settings.model)}[/bold] ({family.name}): {_share(trained, whole)}")
     _grow(root, params, mask, settings.depth)
     console.print(root)
 

@@ -1,5 +1,6 @@
 """`jtl models`: what there is to load."""
 
+import difflib
 import fnmatch
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.table import Table
 from jtl.errors import ConfigError
 from jtl.models import registry
 from jtl.recipes.settings import Models
-from jtl.weights.assets import ASSETS, nearest
+from jtl.weights.assets import ASSETS
 
 
 def run(settings: Models, console: Console) -> None:
@@ -21,9 +22,9 @@ def run(settings: Models, console: Console) -> None:
     found = [asset for asset in models if fnmatch.fnmatchcase(asset.name, settings.pattern)]
     families = [name for name in registry.FAMILIES if fnmatch.fnmatchcase(name, settings.pattern)]
     if not found and not families:
-        raise ConfigError(
-            f"no model is named like {settings.pattern!r}; nearest: {', '.join(nearest(settings.pattern))}"
-        )
+        names = [*(asset.name for asset in models), *registry.FAMILIES]
+        near = difflib.get_close_matches(settings.pattern.lower(), names, n=3, cutoff=0.0)
+        raise ConfigError(f"no model is named like {settings.pattern!r}; nearest: {', '.join(near)}")
     table = Table(title="models")
     for column in ("name", "family", "loads from", "licence of the weights", "upstream"):
         table.add_column(column, overflow="fold")

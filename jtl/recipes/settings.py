@@ -19,8 +19,10 @@ class Quickstart:
     """Repetitions, each with a subset, initial head and order of its own."""
     batch_size: int = 32
     """Reviews of a batch."""
-    max_length: int = 64
+    max_length: int = 48
     """Tokens of a review; longer ones are cut, and counted."""
+    held_out: int = 800
+    """Reviews of other films to evaluate on, at most."""
     split: Literal["test", "validation"] = "test"
     """The films to evaluate on."""
 
@@ -81,8 +83,8 @@ class Inspect:
 
     model: Annotated[str, tyro.conf.Positional]
     """A packaged model, a checkpoint folder, or a hub id."""
-    trainable: tuple[str, ...] = ("head",)
-    """Patterns of trained leaves: 'head', 'encoder/layer_[45]', '**/bias'."""
+    trainable: tuple[str, ...] = ()
+    """Patterns of trained leaves: 'head', 'encoder/layer_[45]', '**/bias'. By default the head, or all without one."""
     outputs: int = 2
     """Outputs of the new head; 0 for none."""
     depth: int = 3

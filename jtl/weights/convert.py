@@ -101,6 +101,25 @@ def convert(
     return filled
 
 
+def renamed(tensors: Mapping[str, Any], rename: Callable[[str], str], name: str) -> dict[str, Any]:
+    """The tensors under their normalised names.
+
+    Args:
+      tensors: by the names in the checkpoint.
+      rename: from such a name to the normalised one.
+      name: of the checkpoint, for messages.
+
+    Raises:
+      WeightsError: two tensors have the same normalised name.
+    """
+    sources: dict[str, str] = {}
+    for tensor in tensors:
+        twin = sources.setdefault(rename(tensor), tensor)
+        if twin != tensor:
+            raise WeightsError(f"{name} holds {twin} and {tensor}, two spellings of {rename(tensor)}: remove one")
+    return {new: tensors[old] for new, old in sources.items()}
+
+
 def locate(path: str, keys: Sequence[KeyRule]) -> tuple[str, Layout]:
     """The name of a leaf's tensor, and its layout.
 
@@ -129,11 +148,11 @@ def as_dtype(tree: Params, dtype: Any) -> Params:
     """Device arrays of one float dtype; integers keep theirs.
 
     Args:
-      tree: host arrays, `None` where leaves are absent.
+      tree: arrays, `None` where leaves are absent.
       dtype: of the floats; `None` keeps the checkpoint's own.
     """
 
-    def cast(leaf: np.ndarray) -> jax.Array:
+    def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
         floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
         return jax.numpy.asarray(leaf, dtype=dtype if floating and dtype is not None else leaf.dtype)
 

@@ -1,1 +1,225 @@
-A=1
+"""What the laws are checked on: random trees, and tables of models, masks and optimizer chains.
+
+A new family or chain joins every law by one more row in `CASES` or `CHAINS`.
+"""
+
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from hypothesis import settings
+from hypothesis import strategies as st
+
+import jtl
+from jtl.models.bert import Bert, BertConfig
+
+Pair = collections.namedtuple("Pair", "left right")
+quick = settings(max_examples=50, deadline=None)
+NAMES = ["head", "lora", "notlora", "bias", "kernel", "layer_0", "layer_1", "layer_10", "x"]
+
+
+def leaves():
+    """Arrays of zero to two axes, each an object of its own."""
+    return st.integers(0, 2).map(lambda axes: np.zeros((2,) * axes))
+
+
+def trees():
+    """Nested dicts, lists and named tuples with leaves, `None` and empty containers in them."""
+    return st.recursive(
+        leaves() | st.none(),
+        lambda inner: (
+            st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
+            | st.lists(inner, max_size=3)
+            | st.builds(Pair, inner, inner)
+        ),
+        max_leaves=12,
+    )
+
+
+@st.composite
+def masked_trees(draw, count: int = 1):
+    """A tree, and as many random masks for it as asked."""
+    tree = draw(trees())
+    return tree, *(jax.tree.map(lambda _: draw(st.booleans()), tree) for _ in range(count))
+
+
+class Block(nn.Module):
+    """Dense, batch normalisation, dropout: it knows nothing of masks."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6, use_bias=False, name="dense")(x)
+        x = nn.BatchNorm(use_running_average=not self.train, momentum=0.8, name="norm")(x)
+        return nn.Dropout(0.4, deterministic=not self.train)(nn.tanh(x))
+
+
+class Scanned(Block):
+    """The same block as the body of a scan."""
+
+    def __call__(self, x, _):
+        return Block.__call__(self, x), None
+
+
+class Net(nn.Module):
+    """Two blocks and a head; `wrap` is a lifted transform of the blocks."""
+
+    wrap: Callable[..., Any] = staticmethod(lambda block: block)
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        for name in ("stem", "last"):
+            x = self.wrap(Block)(train, name=name)(x)
+        return nn.Dense(3, name="head")(x)
+
+
+class ScanNet(nn.Module):
+    """Three blocks stacked by `nn.scan`, and a head."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        axes = {"params": 0, "batch_stats": 0}
+        stack = nn.scan(Scanned, variable_axes=axes, split_rngs={"params": True, "dropout": True}, length=3)
+        x, _ = stack(train, name="last")(nn.Dense(6, name="stem")(x), None)
+        return nn.Dense(3, name="head")(x)
+
+
+class NnxBlock(nnx.Module):
+    """The same block in NNX."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(6, 6, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, momentum=0.8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(nnx.tanh(self.norm(self.dense(x))))
+
+
+class NnxNet(nnx.Module):
+    """A list of blocks and a head."""
+
+    def __init__(self, rngs):
+        self.blocks = nnx.List([NnxBlock(rngs), NnxBlock(rngs)])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Case(NamedTuple):
+    """A model, its masks by name, and batches by seed.
+
+    `flat` names the leaves that the loss does not depend on, so that their gradients are only noise.
+    """
+
+    build: Callable[[], tuple[Any, dict[str, Any]]]
+    batch: Callable[[int], dict[str, jax.Array]]
+    masks: dict[str, jtl.Mask]
+    flat: tuple[str, ...] = ()
+
+
+def vectors(seed: int) -> dict[str, jax.Array]:
+    a, b = jax.random.split(jax.random.key(seed))
+    return {"x": 2 * jax.random.normal(a, (8, 6)) + 1, "label": jax.random.randint(b, (8,), 0, 3)}
+
+
+def tokens(seed: int) -> dict[str, jax.Array]:
+    a, b = jax.random.split(jax.random.key(seed))
+    ids = jax.random.randint(a, (4, 5), 1, 11)
+    return {"input_ids": ids, "attention_mask": jnp.ones_like(ids), "label": jax.random.randint(b, (4,), 0, 3)}
+
+
+def linen(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    keys = dict(zip(("params", "dropout"), jax.random.split(jax.random.key(7)), strict=True))
+    return model, model.init(keys, vectors(0)["x"])
+
+
+def bert() -> tuple[Any, dict[str, Any]]:
+    config = BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        initializer_range=0.5,
+    )
+    model = Bert(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5))
+    inputs = {name: value for name, value in tokens(0).items() if name != "label"}
+    return model, jax.jit(model.init)(jax.random.key(7), **inputs)
+
+
+def function() -> tuple[Any, dict[str, Any]]:
+    def forward(params, x, *, key, train):
+        x = jnp.tanh(x @ params["stem"]["kernel"])
+        x = x * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype) if train else x / 2
+        return x @ params["last"]["kernel"] + jnp.expand_dims(params["head"]["bias"], 0)
+
+    keys = jax.random.split(jax.random.key(7))
+    kernels = {"stem": {"kernel": (6, 6)}, "last": {"kernel": (6, 3)}}
+    params = {name: {"kernel": jax.random.normal(key, kernels[name]["kernel"])} for name, key in zip(kernels, keys)}  # noqa: B905
+    return jtl.from_function(forward), {"params": {**params, "head": {"bias": jnp.zeros(3)}}}
+
+
+HEAD = jtl.select("head")
+BLOCKS = {
+    "head": HEAD,
+    "last block": HEAD | jtl.select("last"),
+    "stem": jtl.select("stem"),
+    "everything": jtl.everything(),
+}
+NORMS = {"norms": HEAD | jtl.masks.norms(), "biases": jtl.masks.biases()}
+
+CASES = {
+    "linen": Case(lambda: linen(Net()), vectors, BLOCKS | NORMS),
+    "remat": Case(lambda: linen(Net(nn.remat)), vectors, BLOCKS | NORMS),
+    "scan": Case(lambda: linen(ScanNet()), vectors, BLOCKS | NORMS),
+    "bert": Case(
+        bert,
+        tokens,
+        {
+            "head": HEAD,
+            "last block": HEAD | jtl.select("encoder/layer_0"),
+            "embeddings": jtl.select("embeddings/word"),
+            "everything": jtl.everything(),
+            **NORMS,
+        },
+        # Softmax takes no notice of what is added to every score of a row.
+        flat=("encoder/layer_*/attention/key/bias",),
+    ),
+    "nnx": Case(
+        lambda: jtl.from_nnx(NnxNet(nnx.Rngs(7))),
+        vectors,
+        {"head": HEAD, "last block": HEAD | jtl.select("blocks/1"), "everything": jtl.everything(), **NORMS},
+    ),
+    "function": Case(function, vectors, BLOCKS),
+}
+
+CHAINS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "clip, adamw": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1)),
+    "momentum": lambda: optax.sgd(1e-2, momentum=0.9),
+    "ema": lambda: optax.chain(optax.sgd(1e-2), optax.ema(0.9)),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adamw(1e-2), max_consecutive_errors=2),
+    "schedule_free": lambda: optax.contrib.schedule_free_adamw(1e-2, weight_decay=0.1),
+    "multi_steps": lambda: optax.MultiSteps(optax.adamw(1e-2), every_k_schedule=2).gradient_transformation(),
+}
+
+MODELS_AND_MASKS = [(case, mask) for case in CASES for mask in CASES[case].masks]
+
+
+@functools.cache
+def built(case: str) -> tuple[Any, dict[str, Any]]:
+    """The model and variables of a case."""
+    return CASES[case].build()
