@@ -82,7 +82,9 @@ def fit(
         state, metrics = step(state, frozen, batch if mesh is None else parallel.shard_batch(batch, mesh))
         done += 1
         due = held_out is not None and (is_last or (evaluate_every and done % evaluate_every == 0))
-        current = evaluate(evaluator, state, frozen, held_out(), mesh=mesh) if due and held_out else None
+        current = None
+        if due and held_out:
+            current = evaluate(evaluator, state, frozen, _checked(check, held_out()), mesh=mesh)
         yield Report(done, state, metrics, current)
 
 
@@ -137,6 +139,12 @@ def _checker(loss_fn: LossFn, state: TrainState, frozen: Frozen) -> Callable[[Ba
     whole = jtree.combine(state.params, frozen.params), jtree.combine(state.collections, frozen.collections)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
     return checker(*shapes)
+
+
+def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        check(batch)
+        yield batch
 
 
 def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

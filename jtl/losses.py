@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jtl import tree as jtree
 from jtl.errors import DataError
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -74,15 +75,15 @@ def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jtree.wide_dtype(x.dtype))
 
 
-def check_targets(loss: Loss, output_shape: tuple[int, ...], targets: Any) -> None:
+def check_targets(loss: Loss, output_shape: tuple[int, ...] | None, targets: Any) -> None:
     """Refuse targets that a loss would silently turn into nonsense.
 
     Args:
       loss: a loss of this module, or a partial of one. Others are not checked.
-      output_shape: the shape of the model's outputs for the batch.
+      output_shape: the shape of the model's outputs for the batch, `None` if they are not one array.
       targets: the batch's targets, on the host or concrete.
 
     Raises:
@@ -96,6 +97,8 @@ def check_targets(loss: Loss, output_shape: tuple[int, ...], targets: Any) -> No
     inner = loss.func if isinstance(loss, functools.partial) else loss
     check = _CHECKS.get(inner)
     if check is not None:
+        if output_shape is None:
+            raise DataError(f"{inner.__name__} takes one array of outputs, this model gives several: has it a head?")
         check(output_shape, np.asarray(targets))
 
 
@@ -121,10 +124,14 @@ def _check_binary(output_shape: tuple[int, ...], targets: np.ndarray) -> None:
 
 
 def _check_regression(output_shape: tuple[int, ...], targets: np.ndarray) -> None:
-    if np.prod(targets.shape) != np.prod(output_shape):
+    if _without_lone_axis(targets.shape) != _without_lone_axis(output_shape):
         raise DataError(f"targets have shape {targets.shape}, the model's outputs {output_shape}")
     if not np.all(np.isfinite(targets.astype(np.float64))):
         raise DataError(f"{int((~np.isfinite(targets.astype(np.float64))).sum())} targets are not finite")
+
+
+def _without_lone_axis(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:-1] if len(shape) > 1 and shape[-1] == 1 else shape
 
 
 _CHECKS: dict[Any, Callable[[tuple[int, ...], np.ndarray], None]] = {

@@ -92,7 +92,12 @@ def _is_accumulator(node: Any) -> bool:
 
 def accumulators(values: dict[str, Any]) -> dict[str, Any]:
     """Plain scalars become means of weight one; accumulators stay."""
-    return {k: v if _is_accumulator(v) else Mean(jnp.asarray(v), jnp.ones(())) for k, v in values.items()}
+    return {k: v if _is_accumulator(v) else Mean(_float(v), jnp.ones(())) for k, v in values.items()}
+
+
+def _float(value: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(jnp.float32)
 
 
 def merge(*parts: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,10 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from jtl import tree as jtree
 from jtl.typing import Collections, Params, PyTree
@@ -39,7 +38,8 @@ class Modes:
 
     def __init__(self, params: Params, mask: PyTree, *, frozen_dropout: bool = False):
         trained = dict(jtree.leaves_with_paths(mask))
-        self._by_identity = {id(leaf): trained[path] for path, leaf in jtree.leaves_with_paths(params)}
+        self._leaf_paths = list(trained)
+        self._path_of = {id(leaf): path for path, leaf in jtree.leaves_with_paths(params)}
         self._by_path: dict[str, bool] = {"": any(trained.values())}
         for path, is_trained in trained.items():
             for subtree in (path, *jtree.ancestors(path)):
@@ -58,16 +58,35 @@ class Modes:
 
         The identity of its leaves decides where they are leaves of `params`: a loss may apply
         a model to a subtree, and then paths do not line up. Lifted transforms such as
-        `nn.remat` and casts make new leaves; then the path decides.
+        `nn.remat` and casts make new leaves; then the path decides, counted from the nearest
+        module around it whose place in `params` is known.
         """
         scope = module.scope
         while scope is not None:
             leaves = jax.tree.leaves(scope.variables().get("params", {}))
-            known = [self._by_identity[id(leaf)] for leaf in leaves if id(leaf) in self._by_identity]
+            known = [self._path_of[id(leaf)] for leaf in leaves if id(leaf) in self._path_of]
             if known:
-                return not any(known)
+                return all(map(self.is_frozen, known))
             scope = None if leaves else scope.parent
-        return self.is_frozen("/".join(module.path))
+        return self.is_frozen(_place(module))
+
+    def locate(self, module: nn.Module) -> str:
+        """The place of a bound module in `params`: as its leaves tell, or by its path from the modules around it."""
+        for path, leaf in _leaves(module):
+            known = self._path_of.get(id(leaf), "")
+            if f"/{known}".endswith(f"/{path}"):
+                return known[: -len(path)].rstrip("/")
+        return _place(module)
+
+    def pattern(self, place: str) -> str:
+        """Which leaves under a place are trained: all that a trace of its module depends on, its inputs apart.
+
+        >>> Modes({"a": 1, "b": {"c": 2, "d": 3}}, {"a": True, "b": {"c": False, "d": True}}).pattern("b")
+        'ft'
+        """
+        inside = [path for path in self._leaf_paths if f"{path}/".startswith(f"{place}/" if place else "")]
+        frozen = [self.is_frozen(path) for path in inside] or [self.is_frozen(place)]
+        return "".join("ft"[not held] for held in (frozen if len(set(frozen)) > 1 else frozen[:1]))
 
     def moving(self, collections: Collections) -> PyTree:
         """Bools that tell which statistics the mask lets move: `{"batch_stats": {...: True}}`."""
@@ -83,6 +102,30 @@ class Modes:
         return {k: v for k, v in INFERENCE.items() if k != "deterministic" or not self.frozen_dropout}
 
 
+def _leaves(module: nn.Module) -> list[tuple[str, Any]]:
+    scope = module.scope
+    return [] if scope is None else jtree.leaves_with_paths(scope.variables().get("params", {}))
+
+
+class _Frame(NamedTuple):
+    """A module whose method is running: its path, its place in `params`, and what its end undoes."""
+
+    path: tuple[str, ...]
+    place: str
+    stack: contextlib.ExitStack
+    outer: "_Frame | None"
+
+
+def _place(module: nn.Module) -> str:
+    frame = _FRAME.get()
+    while frame.outer is not None and module.path[: len(frame.path)] != frame.path:
+        frame = frame.outer
+    return "/".join([frame.place, *module.path[len(frame.path) :]]).strip("/")
+
+
+_ROOT = _Frame((), "", contextlib.ExitStack(), None)
+_FRAME: contextvars.ContextVar[_Frame] = contextvars.ContextVar("jtl_frame", default=_ROOT)
+_TRACED_AS = jax.make_user_context(None)
 _CURRENT: contextvars.ContextVar[Modes | None] = contextvars.ContextVar("jtl_modes", default=None)
 
 
@@ -95,27 +138,48 @@ def current() -> Modes | None:
 def follow(modes: Modes) -> Iterator[None]:
     """Make every linen module called inside follow the mask.
 
-    The fingerprint of the modes becomes part of the trace context. Without it, a model or loss
-    with a `jit` of its own would be served from that jit's cache, with the modes of whichever
-    mask happened to be traced first.
+    The modes become part of the key of every trace. Without it, a model or loss with a `jit` of its
+    own would be served from that jit's cache, with the modes of whichever mask, or whichever
+    module of the same class, happened to be traced first.
     """
     token = _CURRENT.set(modes)
     try:
-        with (
-            nn.intercept_methods(functools.partial(_intercept, modes)),
-            set_xla_metadata(jtl=modes.fingerprint),
-        ):
+        with nn.intercept_methods(functools.partial(_intercept, modes)), _frame(modes, (), ""):
             yield
     finally:
         _CURRENT.reset(token)
 
 
+@contextlib.contextmanager
+def _frame(modes: Modes, path: tuple[str, ...], place: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        token = _FRAME.set(_Frame(path, place, stack, _FRAME.get()))
+        stack.callback(_FRAME.reset, token)
+        stack.enter_context(_TRACED_AS((modes.fingerprint, modes.pattern(place))))
+        yield
+
+
 def _intercept(modes: Modes, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+    module = context.module
+    if module.scope is None:
+        return next_fun(*args, **kwargs)
+    if "_validate_setup" in context.orig_method.func.__qualname__:
+        # A lifted module announces itself with this call, on a copy, and no other from outside of its
+        # lifting. Its trace may be that of another one of its class: the mask must tell them apart.
+        frame = _FRAME.get()
+        place = f"{frame.place}/{module.name or ''}".strip("/")
+        frame.stack.enter_context(_TRACED_AS((modes.fingerprint, modes.pattern(place))))
+        return next_fun(*args, **kwargs)
+    with _frame(modes, module.path, modes.locate(module)):
+        return _switched(modes, next_fun, args, kwargs, context)
+
+
+def _switched(modes: Modes, next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
     module, switches = context.module, modes.switches()
     fields = [name for name in switches if getattr(module, name, None) is not None]
     signature = inspect.signature(context.orig_method)
     parameters = [name for name in switches if name in signature.parameters and name not in fields]
-    if module.scope is None or not (fields or parameters) or not modes.is_frozen_module(module):
+    if not (fields or parameters) or not modes.is_frozen_module(module):
         return next_fun(*args, **kwargs)
     if parameters:
         bound = signature.bind(*args, **kwargs)

@@ -1,7 +1,6 @@
 """From a model and a loss of single examples to a loss function of batches."""
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jtl import losses
 from jtl import metrics as jmetrics
 from jtl.errors import ConfigError, DataError
+from jtl.modes import Modes, follow
 from jtl.step import Aux
 from jtl.typing import Batch, Collections, Key, Params
 
@@ -82,14 +82,18 @@ class Supervised:
           `check(batch)`, which raises `DataError` for a missing entry, unequal lengths, or
           targets out of range.
         """
-        outputs: dict[Any, tuple[int, ...]] = {}
+        shapes: dict[Any, tuple[int, ...] | None] = {}
 
-        def shape_of(batch: Batch) -> tuple[int, ...]:
+        def infer(params: Params, collections: Collections, batch: Batch) -> Any:
+            # A model may have training written into it; then only the modes make it infer.
+            with follow(Modes(params, jax.tree.map(lambda _: False, params))):
+                return self.apply(params, collections, batch, key=None)[0]
+
+        def shape_of(batch: Batch) -> tuple[int, ...] | None:
             signature = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
-            if signature not in outputs:
-                call = functools.partial(self.apply, key=None)
-                outputs[signature] = jax.eval_shape(call, params, collections, batch)[0].shape
-            return outputs[signature]
+            if signature not in shapes:
+                shapes[signature] = getattr(jax.eval_shape(infer, params, collections, batch), "shape", None)
+            return shapes[signature]
 
         def check(batch: Batch) -> None:
             self._require(batch)

@@ -39,8 +39,10 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     Raises:
       DataError: the batch size is not a multiple of the device count.
     """
-    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
-    for size in sizes:
+    shapes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if () in shapes:
+        raise DataError("the batch has an entry that is a single number: every entry leads with the batch axis")
+    for (size,) in shapes:
         if size % mesh.size:
             few = "smaller than" if size < mesh.size else "not a multiple of"
             raise DataError(

@@ -161,6 +161,4 @@ def _check_trainable(params: Params, mask: PyTree, trainable: MaskLike) -> None:
 
 
 def _master(leaf: Any) -> jax.Array:
-    dtype = jnp.result_type(leaf)
-    low = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.array(leaf, dtype=jnp.float32 if low else dtype, copy=True)
+    return jnp.array(leaf, dtype=jtree.wide_dtype(jnp.result_type(leaf)), copy=True)

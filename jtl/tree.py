@@ -204,6 +204,17 @@ def digest(tree: PyTree) -> str:
     return out.hexdigest()
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """float32 for narrower floats, any other dtype as it is; also under strict promotion.
+
+    >>> wide_dtype(jnp.bfloat16), wide_dtype(jnp.float64), wide_dtype(jnp.int8)
+    (dtype('float32'), dtype('float64'), dtype('int8'))
+    """
+    dtype = jnp.dtype(dtype)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if narrow else dtype
+
+
 def ancestors(path: str) -> Iterator[str]:
     """The enclosing subtrees of a path, nearest first, ending with the root `""`.
 

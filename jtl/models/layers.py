@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from jtl.tree import wide_dtype
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": functools.partial(nn.gelu, approximate=True),
@@ -105,7 +107,7 @@ def attention_weights(q_BxSxHxD: jax.Array, k_BxTxHxD: jax.Array, mask_BxT: jax.
       `[batch, heads, queries, keys]` in the dtype of the queries; softmax in float32 at least.
     """
     scores_BxHxSxT = jnp.einsum("bshd,bthd->bhst", q_BxSxHxD * q_BxSxHxD.shape[-1] ** -0.5, k_BxTxHxD)
-    scores_BxHxSxT = scores_BxHxSxT.astype(jnp.promote_types(scores_BxHxSxT.dtype, jnp.float32))
+    scores_BxHxSxT = scores_BxHxSxT.astype(wide_dtype(scores_BxHxSxT.dtype))
     lowest = jnp.finfo(scores_BxHxSxT.dtype).min
     allowed_Bx1x1xT = jnp.expand_dims(mask_BxT, (1, 2))
     return jax.nn.softmax(jnp.where(allowed_Bx1x1xT, scores_BxHxSxT, lowest), axis=-1).astype(q_BxSxHxD.dtype)

@@ -21,6 +21,7 @@ import jtl
 from jtl.models.bert import Bert, BertConfig
 
 Pair = collections.namedtuple("Pair", "left right")
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 quick = settings(max_examples=50, deadline=None)
 NAMES = ["head", "lora", "notlora", "bias", "kernel", "layer_0", "layer_1", "layer_10", "x"]
 
@@ -167,8 +168,8 @@ def function() -> tuple[Any, dict[str, Any]]:
         return x @ params["last"]["kernel"] + jnp.expand_dims(params["head"]["bias"], 0)
 
     keys = jax.random.split(jax.random.key(7))
-    kernels = {"stem": {"kernel": (6, 6)}, "last": {"kernel": (6, 3)}}
-    params = {name: {"kernel": jax.random.normal(key, kernels[name]["kernel"])} for name, key in zip(kernels, keys)}  # noqa: B905
+    kernels = [("stem", (6, 6)), ("last", (6, 3))]
+    params = {name: {"kernel": jax.random.normal(key, shape)} for (name, shape), key in zip(kernels, keys, strict=True)}
     return jtl.from_function(forward), {"params": {**params, "head": {"bias": jnp.zeros(3)}}}
 
 
@@ -211,12 +212,16 @@ CHAINS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip, adamw": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1)),
     "momentum": lambda: optax.sgd(1e-2, momentum=0.9),
     "ema": lambda: optax.chain(optax.sgd(1e-2), optax.ema(0.9)),
-    "apply_if_finite": lambda: optax.apply_if_finite(optax.adamw(1e-2), max_consecutive_errors=2),
+    "apply_if_finite": lambda: optax.apply_if_finite(CHAINS["clip, adamw"](), max_consecutive_errors=2),
     "schedule_free": lambda: optax.contrib.schedule_free_adamw(1e-2, weight_decay=0.1),
     "multi_steps": lambda: optax.MultiSteps(optax.adamw(1e-2), every_k_schedule=2).gradient_transformation(),
 }
 
-MODELS_AND_MASKS = [(case, mask) for case in CASES for mask in CASES[case].masks]
+# Every model with every mask, and every model with every chain.
+HARDEST = "apply_if_finite"
+MASKED = [(case, mask) for case in CASES for mask in CASES[case].masks]
+RUNS = [(*pair, HARDEST) for pair in MASKED]
+RUNS += [(case, list(CASES[case].masks)[1], chain) for case in CASES for chain in CHAINS if chain != HARDEST]
 
 
 @functools.cache

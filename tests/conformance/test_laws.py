@@ -12,11 +12,10 @@ import pytest
 import jtl
 from jtl import tree
 
-from .cases import CASES, CHAINS, MODELS_AND_MASKS, built
+from .cases import CASES, CHAINS, MASKED, QUICK, RUNS, built
 
 STEPS = 5
-everywhere = pytest.mark.parametrize(("case", "mask"), MODELS_AND_MASKS)
-any_chain = pytest.mark.parametrize("chain", CHAINS)
+everywhere = pytest.mark.parametrize(("case", "mask", "chain"), RUNS)
 
 
 class Run(NamedTuple):
@@ -52,7 +51,7 @@ def run(case, mask, chain):
     state, frozen = jtl.init(variables, tx, trainable=CASES[case].masks[mask], key=jax.random.key(1))
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(jtl.train_step(loss_fn, tx, grad_norm=True), n=1)
-    step = jax.jit(traced, donate_argnums=0)
+    step = jax.jit(traced, donate_argnums=0, compiler_options=QUICK)
     for seed in range(STEPS):
         state, metrics = step(state, frozen, CASES[case].batch(seed))
         assert all(np.isfinite(value) for value in metrics.values())
@@ -60,7 +59,6 @@ def run(case, mask, chain):
 
 
 @everywhere
-@any_chain
 def test_frozen_leaves_and_statistics_are_bit_identical_and_all_others_move(case, mask, chain):
     result, moving = run(case, mask, chain), moves(case, mask)
     changed = {path for path, leaf in result.before.items() if leaf.tobytes() != result.after[path].tobytes()}
@@ -69,13 +67,11 @@ def test_frozen_leaves_and_statistics_are_bit_identical_and_all_others_move(case
 
 
 @everywhere
-@any_chain
 def test_a_run_of_one_shape_is_traced_and_compiled_once(case, mask, chain):
     assert run(case, mask, chain).compiled == 1
 
 
 @everywhere
-@any_chain
 def test_a_step_returns_only_what_moves(case, mask, chain):
     state = run(case, mask, chain).state
     params = {f"params/{path}" for path in tree.paths(state.params)}
@@ -83,7 +79,6 @@ def test_a_step_returns_only_what_moves(case, mask, chain):
 
 
 @everywhere
-@any_chain
 def test_the_optimizer_keeps_state_for_trained_leaves_alone(case, mask, chain):
     result = run(case, mask, chain)
     compact = dict(tree.leaves_with_paths(result.state.params))
@@ -92,7 +87,6 @@ def test_the_optimizer_keeps_state_for_trained_leaves_alone(case, mask, chain):
 
 
 @everywhere
-@any_chain
 def test_variables_put_the_original_structure_together(case, mask, chain):
     result = run(case, mask, chain)
     whole = jtl.variables(result.state, result.frozen)
@@ -101,7 +95,6 @@ def test_variables_put_the_original_structure_together(case, mask, chain):
 
 
 @everywhere
-@any_chain
 def test_the_variables_given_to_init_survive_donation(case, mask, chain):
     result = run(case, mask, chain)
     assert {path: leaf.tobytes() for path, leaf in flat(result.given).items()} == {
@@ -109,11 +102,11 @@ def test_the_variables_given_to_init_survive_donation(case, mask, chain):
     }
 
 
-@everywhere
+@pytest.mark.parametrize(("case", "mask"), MASKED)
 def test_evaluation_is_deterministic_and_knows_no_mask(case, mask):
     model, variables = built(case)
     loss_fn = jtl.supervised(model, jtl.losses.cross_entropy)
-    step = jax.jit(jtl.eval_step(loss_fn))
+    step = jax.jit(jtl.eval_step(loss_fn), compiler_options=QUICK)
     reports = []
     for trainable, seed in ((CASES[case].masks[mask], 1), (jtl.everything(), 2)):
         state, frozen = jtl.init(variables, optax.sgd(1.0), trainable=trainable, key=jax.random.key(seed))
