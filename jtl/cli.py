@@ -4,6 +4,7 @@ Everything heavy is imported by the command that needs it, so that `--help` answ
 """
 
 import importlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -43,6 +44,8 @@ def main(args: list[str] | None = None) -> None:
     )
     from rich.console import Console
 
+    # transformers advises, on every import, that PyTorch is missing; jtl needs its tokenizers alone.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     recipe = importlib.import_module(f"jtl.recipes.{_RECIPES[type(command)]}")
     try:
         # A pipe or a log has no width of its own; rich would fold tables at 80 columns.

@@ -18,7 +18,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(6, name="stem")(x))
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(6, use_bias=False, name="stem")(x))
         return nn.Dense(3, name="head")(nn.relu(x))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich import box
@@ -63,14 +64,14 @@ def run(settings: Quickstart, console: Console) -> list[Row]:
         folder = assets.fetch(MODEL)
         train, held_out = tfds.load(DATA, "train"), tfds.load(DATA, settings.split)
         held_out = examples.subset(held_out, min(settings.held_out, held_out.size), seed=0)
-        model, _ = jtl.load(folder, jtl.heads.classifier(2), key=jax.random.key(0))
+        model, pretrained = jtl.load(folder, jtl.heads.classifier(2), key=jax.random.key(0))
     if settings.labels > train.size:
         raise ConfigError(f"labels={settings.labels}: there are {train.size} reviews to train on")
     tokenizer = text.tokenizer(folder)
     rows = []
     with progress.steps(console) as advance:
         for way, objective in _objectives(settings, model, _ways(model)).items():
-            outcomes = list(_outcomes(settings, way, objective, model, tokenizer, train, held_out, advance))
+            outcomes = list(_outcomes(settings, way, objective, model, pretrained, tokenizer, train, held_out, advance))
             rows.append(Row(way.name, outcomes))
         rows.append(
             Row(
@@ -121,6 +122,7 @@ def _outcomes(
     way: Way,
     objective: Objective,
     model: Any,
+    pretrained: dict[str, Any],
     tokenizer: Any,
     train: Examples,
     held_out: Examples,
@@ -132,9 +134,17 @@ def _outcomes(
         subset = examples.subset(train, settings.labels, seed=seed)
         batches, _ = training.text_batches(tokenizer, subset, seed=seed, epochs=way.epochs, **sizes)
         head_key, run_key = jax.random.split(jax.random.key(seed))
-        _, variables = jtl.load(MODEL, model.head, key=head_key, pretrained=way.pretrained)
+        variables = _start(model, pretrained if way.pretrained else None, head_key)
         on_step = advance(f"{way.name}, seed {seed}", len(batches))
         yield training.run(*objective, variables, way.trainable, batches, test, key=run_key, on_step=on_step).outcome
+
+
+def _start(model: Any, pretrained: dict[str, Any] | None, key: jax.Array) -> dict[str, Any]:
+    """The variables of a run: the pretrained ones under a head of its own, or all of them random."""
+    if pretrained is None:
+        return jtl.load(MODEL, model.head, key=key, pretrained=False)[1]
+    head = model.head.init(key, jnp.zeros((1, model.config.hidden_size)))["params"]
+    return {"params": {**pretrained["params"], "head": head}}
 
 
 def _tf_idf(settings: Quickstart, seed: int, train: Examples, held_out: Examples) -> training.Outcome:
