@@ -5,11 +5,14 @@ the filler rows of a padded batch.
 """
 
 import functools
+import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Mean(NamedTuple):
@@ -112,3 +115,18 @@ def merge(*parts: dict[str, Any]) -> dict[str, Any]:
 def compute(values: dict[str, Any]) -> dict[str, Any]:
     """The values of all accumulators; anything else stays as it is."""
     return {k: v.compute() if _is_accumulator(v) else v for k, v in values.items()}
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of the t interval of independent runs, such as seeds; NaN for the width of one value.
+
+    >>> mean, half = interval([0.70, 0.72, 0.71])
+    >>> round(mean, 2), round(half, 3)
+    (0.71, 0.025)
+    """
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, math.nan
+    from scipy import stats
+
+    return mean, float(stats.t.ppf((1 + confidence) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count))

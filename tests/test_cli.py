@@ -74,7 +74,7 @@ def test_a_glob_without_a_match_names_the_nearest(refused, pattern):
 
 def _counts(out):
     """The numbers of the first line: trained and all parameters."""
-    trained, whole = re.search(r"([\d,]+) of ([\d,]+) parameters trained", out).groups()
+    trained, whole = re.search(r"([\d,]+) of ([\d,]+) parameters trained", " ".join(out.split())).groups()
     return int(trained.replace(",", "")), int(whole.replace(",", ""))
 
 

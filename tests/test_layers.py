@@ -14,7 +14,8 @@ FILES = sorted((ROOT / "jtl").rglob("*.py"))
 # From the bottom up. A file imports from its own package and from tiers below its own.
 TIERS = (
     ("typing", "errors"),
-    ("tree", "losses", "metrics", "heads"),
+    ("tree",),
+    ("losses", "metrics", "heads"),
     ("rules",),
     ("masks", "modes"),
     ("state", "interop"),

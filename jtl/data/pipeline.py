@@ -177,7 +177,7 @@ def _rows(column: Column) -> int:
     return len(column.offsets) - 1 if isinstance(column, Ragged) else len(column)
 
 
-def _check_columns(columns: Mapping[str, Column], labels: np.ndarray | None) -> int:
+def _check_columns(columns: Mapping[str, Any], labels: np.ndarray | None) -> int:
     """The number of rows, the same in all columns."""
     if not columns:
         raise errors.DataError("there are no columns; expected at least one input")

@@ -71,8 +71,8 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_dir():
         raise errors.SourceNotFoundError(f"{path}: there is no such folder; expected one with tokenizer.json")
-    _require_vocabulary(path)
     _refuse_remote_code(path / "tokenizer_config.json")
+    _require_vocabulary(path)
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -217,7 +217,7 @@ def _refuse_remote_code(config: Path) -> None:
         )
 
 
-def _check_texts(texts: Sequence[str], pairs: Sequence[str] | None) -> None:
+def _check_texts(texts: Sequence[Any], pairs: Sequence[Any] | None) -> None:
     if not len(texts):
         raise errors.DataError("there are no texts to encode; expected at least one")
     if pairs is not None and len(pairs) != len(texts):

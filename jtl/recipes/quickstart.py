@@ -192,7 +192,7 @@ def _print(settings: Quickstart, rows: Sequence[Row], held_out: Examples, consol
 
 def _cells(outcomes: Sequence[training.Outcome]) -> list[str]:
     first = outcomes[0]
-    mean, half = training.interval([outcome.scores["balanced accuracy"] for outcome in outcomes])
+    mean, half = jtl.metrics.interval([outcome.scores["balanced accuracy"] for outcome in outcomes])
     return [
         f"{first.trained:,}",
         f"{first.state_bytes:,}",

@@ -1,8 +1,7 @@
 """One training run: compile, train, evaluate, and count what it cost."""
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -150,18 +149,3 @@ def schedule(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
         ],
         [rise],
     )
-
-
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of the t interval over seeds; the half-width of one value is NaN.
-
-    >>> mean, half = interval([0.70, 0.72, 0.71])
-    >>> round(mean, 2), round(half, 3)
-    (0.71, 0.025)
-    """
-    count, mean = len(values), float(np.mean(values))
-    if count < 2:
-        return mean, math.nan
-    from scipy import stats
-
-    return mean, float(stats.t.ppf((1 + confidence) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
