@@ -156,19 +156,20 @@ def _report_data(train: Examples, held_out: Examples, console: Console) -> None:
 
 
 def _print(name: str, outcome: training.Outcome, held_out: Examples, console: Console) -> None:
-    table = Table(title=f"{escape(name)}, on {held_out.size} held-out examples")
+    console.print(f"\n{escape(name)}, on {held_out.size} held-out examples")
+    table = Table("", "", box=None, show_header=False)
+    table.columns[1].justify = "right"
     values = {
         "trained parameters": f"{outcome.trained:,}",
         "optimizer bytes": f"{outcome.state_bytes:,}",
         "GFLOP/example": f"{outcome.gflops:.3f}",
-        "compile s": f"{outcome.compile_seconds:.1f}",
-        "seconds": f"{outcome.seconds:.1f}",
+        "compilation, s": f"{outcome.compile_seconds:.1f}",
+        "training, s": f"{outcome.seconds:.1f}",
         "examples/s": f"{outcome.examples_per_second:,.0f}",
         **{metric: f"{value:.3f}" for metric, value in outcome.scores.items()},
     }
-    for column in values:
-        table.add_column(column, justify="right")
-    table.add_row(*values.values())
+    for row in values.items():
+        table.add_row(*row)
     console.print(table)
 
 

@@ -19,9 +19,9 @@ class Quickstart:
     """Repetitions, each with a subset, initial head and order of its own."""
     batch_size: int = 32
     """Reviews of a batch."""
-    max_length: int = 48
+    max_length: int = 40
     """Tokens of a review; longer ones are cut, and counted."""
-    held_out: int = 800
+    held_out: int = 600
     """Reviews of other films to evaluate on, at most."""
     split: Literal["test", "validation"] = "test"
     """The films to evaluate on."""

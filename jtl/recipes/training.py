@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -117,20 +118,20 @@ def _examples(data: Batches) -> int:
 
 def _compile(loss_fn: Any, tx: Any, state: TrainState, frozen: Frozen, train: Batches, mesh: Any) -> float:
     """Compile every shape that will occur; GFLOP per example of the most frequent one."""
-    frequent, gflops = max(train.shapes, key=lambda shape: train.shapes[shape]), 0.0
-    waiting = set(train.shapes)
     if mesh is not None:
         state, frozen = jtl.parallel.replicate(state, mesh), jtl.parallel.replicate(frozen, mesh)
+    lowered: dict[tuple[int, ...], Any] = {}
     for batch in train:
         shape = np.shape(next(iter(batch.values())))[:2]
-        if shape in waiting:
-            waiting.remove(shape)
+        if shape not in lowered:
             placed = batch if mesh is None else jtl.parallel.shard_batch(batch, mesh)
-            cost = compiled_train(loss_fn, tx).lower(state, frozen, placed).compile().cost_analysis()
-            gflops = cost["flops"] / shape[0] / 1e9 if shape == frequent else gflops
-        if not waiting:
+            lowered[shape] = compiled_train(loss_fn, tx).lower(state, frozen, placed)
+        if len(lowered) == len(train.shapes):
             break
-    return gflops
+    with ThreadPoolExecutor() as pool:  # XLA compiles one program mostly on one core
+        compiled = dict(zip(lowered, pool.map(lambda step: step.compile(), lowered.values()), strict=True))
+    frequent = max(train.shapes, key=lambda shape: train.shapes[shape])
+    return compiled[frequent].cost_analysis()["flops"] / frequent[0] / 1e9
 
 
 def schedule(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
