@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from jtl import strategies as strategies
     from jtl import tree as tree
     from jtl import weights as weights
+    from jtl.boundary import Split as Split
+    from jtl.boundary import split as split
     from jtl.export import save as save
     from jtl.interop import from_function as from_function
     from jtl.interop import from_nnx as from_nnx
@@ -80,6 +82,8 @@ _NAMES = {
     "partition": "tree",
     "save": "export",
     "select": "masks",
+    "Split": "boundary",
+    "split": "boundary",
     "supervised": "objective",
     "train_step": "step",
     "variables": "state",

@@ -26,6 +26,10 @@ class DataError(JtlError, ValueError):
     """A data file, a label or a batch is not what the run declared."""
 
 
+class SplitError(JtlError, ValueError):
+    """A loss cannot be cut at the freeze boundary, or what was cut does not fit together again."""
+
+
 class WeightsError(JtlError, ValueError):
     """A checkpoint does not hold exactly the tensors that a model needs."""
 

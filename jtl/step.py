@@ -82,7 +82,7 @@ def train_step(
         next_key, key = jax.random.split(state.key)
 
         def loss_of(trained: Params) -> tuple[jax.Array, Aux]:
-            return _call(loss_fn, state._replace(params=trained), frozen, batch, key, frozen_dropout)
+            return call_loss(loss_fn, state._replace(params=trained), frozen, batch, key, frozen_dropout)
 
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         with standard_promotion():
@@ -113,15 +113,16 @@ def eval_step(loss_fn: LossFn) -> EvalStep:
     loss_fn = _unjitted(loss_fn)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> Metrics:
-        loss, aux = _call(loss_fn, state, frozen, batch, None, False)
+        loss, aux = call_loss(loss_fn, state, frozen, batch, None, False)
         return jmetrics.accumulators({"loss": loss, **aux.metrics})
 
     return step
 
 
-def _call(
+def call_loss(
     loss_fn: LossFn, state: TrainState, frozen: Frozen, batch: Batch, key: Key | None, frozen_dropout: bool
 ) -> tuple[jax.Array, Aux]:
+    """The loss as a step calls it: with whole trees, under the modes of the mask; `key=None` is evaluation."""
     params = jtree.combine(state.params, frozen.params)
     collections = jtree.combine(state.collections, frozen.collections)
     mask = jtree.mask_of(state.params if key is not None else {}, params)

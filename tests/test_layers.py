@@ -20,7 +20,7 @@ TIERS = (
     ("masks", "modes"),
     ("state", "interop"),
     ("step",),
-    ("objective",),
+    ("objective", "boundary"),
     ("weights",),
     ("models",),
     ("pretrained", "strategies"),
