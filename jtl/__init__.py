@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jtl import cache as cache
     from jtl import data as data
     from jtl import errors as errors
     from jtl import heads as heads
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = (
+    "cache",
     "data",
     "errors",
     "heads",

@@ -30,6 +30,10 @@ class SplitError(JtlError, ValueError):
     """A loss cannot be cut at the freeze boundary, or what was cut does not fit together again."""
 
 
+class CacheError(JtlError, OSError):
+    """A cache cannot be written or read."""
+
+
 class WeightsError(JtlError, ValueError):
     """A checkpoint does not hold exactly the tensors that a model needs."""
 

@@ -1,7 +1,9 @@
 """`fit`: a short loop over public functions, meant to be read, copied and changed."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +14,10 @@ from jax.sharding import Mesh
 
 from jtl import metrics as jmetrics
 from jtl import parallel
-from jtl import tree as jtree
+from jtl.cache import Mode, prepare
 from jtl.errors import DataError
 from jtl.state import Frozen, TrainState
-from jtl.step import EvalStep, LossFn, eval_step, train_step
+from jtl.step import EvalStep, LossFn, checker, eval_step, train_step
 from jtl.typing import Batch
 
 
@@ -45,6 +47,10 @@ def fit(
     held_out: Callable[[], Iterable[Batch]] | None = None,
     evaluate_every: int | None = None,
     mesh: Mesh | None = None,
+    cache: Mode = "auto",
+    cache_directory: str | Path | None = None,
+    cache_limit: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[Report]:
     """Train on every batch, and report after each step.
 
@@ -63,6 +69,12 @@ def fit(
         after the last step.
       evaluate_every: evaluate them after every so many steps, too.
       mesh: split every batch over the devices of this mesh; see `jtl.parallel`.
+      cache: whether to compute what no trained leaf can change once, and train from that; see
+        `jtl.cache.prepare`. "auto" does where it saves work, which takes `batches` from
+        `jtl.data.batches`, of several epochs; rows and their order stay the same.
+      cache_directory: where to keep it; in memory by default.
+      cache_limit: bytes that it may take.
+      say: called with one line if a cache is used, or could have been; by default it goes to stderr.
 
     Yields:
       A `Report` for each batch.
@@ -70,15 +82,20 @@ def fit(
     Raises:
       DataError: there is no batch, or one that the loss or the mesh cannot take. The first
         batch is checked before anything is compiled.
+      CacheError, ConfigError, SplitError: `cache` is "require", and there can be none.
     """
+    prepared = prepare(loss_fn, state, frozen, batches, mode=cache, directory=cache_directory, limit=cache_limit)
+    if prepared.why:
+        say(prepared.why) if say else print(prepared.why, file=sys.stderr)
     state = jax.tree.map(jnp.array, state)
     if mesh is not None:
         state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
-    step, evaluator = compiled_train(loss_fn, tx), compiled_eval(loss_fn)
-    check = _checker(loss_fn, state, frozen)
+    step, evaluator = compiled_train(prepared.loss_fn, tx), compiled_eval(loss_fn)
+    check = checker(loss_fn, state, frozen)
     done, current = int(state.step), None
-    for batch, is_last in _with_last(batches):
-        check(batch)
+    for batch, is_last in _with_last(prepared.batches):
+        if prepared.cut is None:  # the rows of a cache were checked when it was built
+            check(batch)
         state, metrics = step(state, frozen, batch if mesh is None else parallel.shard_batch(batch, mesh))
         done += 1
         due = held_out is not None and (is_last or (evaluate_every and done % evaluate_every == 0))
@@ -129,16 +146,6 @@ def evaluate(
     if total is None:
         raise DataError("there is no held-out batch to evaluate: the data set is empty")
     return {name: float(np.asarray(value)) for name, value in jmetrics.compute(total).items()}
-
-
-def _checker(loss_fn: LossFn, state: TrainState, frozen: Frozen) -> Callable[[Batch], None]:
-    """The loss's own check, over shapes alone: the arrays are donated long before it is done."""
-    checker = getattr(loss_fn, "checker", None)
-    if checker is None:
-        return lambda batch: None
-    whole = jtree.combine(state.params, frozen.params), jtree.combine(state.collections, frozen.collections)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole)
-    return checker(*shapes)
 
 
 def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -130,6 +130,24 @@ def call_loss(
         return _checked(loss_fn(params, collections, batch, key=key))
 
 
+def checker(loss_fn: LossFn, state: TrainState, frozen: Frozen) -> Callable[[Batch], None]:
+    """The loss's own check of batches on the host, if it has one; it keeps shapes alone, no arrays.
+
+    Args:
+      loss_fn: the loss. Those of `jtl.supervised` have a method `checker`.
+      state: the trained half.
+      frozen: the frozen half.
+
+    Returns:
+      `check(batch)`, which raises `DataError` for a batch that the loss cannot mean.
+    """
+    make = getattr(loss_fn, "checker", None)
+    if make is None:
+        return lambda batch: None
+    whole = jtree.combine(state.params, frozen.params), jtree.combine(state.collections, frozen.collections)
+    return make(*jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), whole))
+
+
 def _unjitted(loss_fn: LossFn) -> LossFn:
     # The step is compiled as a whole; a jit around the loss alone would only hide its jaxpr.
     return inspect.unwrap(loss_fn) if hasattr(loss_fn, "lower") else loss_fn

@@ -26,6 +26,7 @@ TIERS = (
     ("pretrained", "strategies"),
     ("export",),
     ("data", "parallel"),
+    ("cache",),
     ("loop",),
     ("recipes",),
     ("cli",),

@@ -98,18 +98,24 @@ class Batches:
     transform: Callable[[Batch], Batch] | None
 
     def __iter__(self) -> Iterator[Batch]:
-        try:
-            import grain
-        except ImportError as error:
-            raise errors.missing_extra("grain", "data") from error
         # A batch is gathered whole: passing each row through grain is some forty times slower. Its order
         # comes from a plan, not from grain's shuffle, which would mix lengths within a batch or, given one
         # data set a bucket, shuffle within buckets only. And the position is an index taken before
         # prefetching, not grain's iterator state, which a data set of another seed or size accepts silently.
-        plan = functools.lru_cache(maxsize=2)(functools.partial(plans.epoch, self.layout, self.seed))
-        steps = grain.MapDataset.range(self.start, self.start + len(self))
+        return self._prefetched(lambda step: self.assemble(self.plan(step)), self.start, self.start + len(self))
+
+    def planned(self, batches: Sequence[plans.Batch]) -> Iterator[Batch]:
+        """The batches of a plan of one's own, each filled up to the batch size."""
+        filled = dataclasses.replace(self, layout=self.layout._replace(remainder="pad"))
+        return self._prefetched(lambda step: filled.assemble(batches[step]), 0, len(batches))
+
+    def _prefetched(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+        try:
+            import grain
+        except ImportError as error:
+            raise errors.missing_extra("grain", "data") from error
         options = grain.ReadOptions(num_threads=self.prefetch, prefetch_buffer_size=self.prefetch)
-        return iter(steps.map(functools.partial(self._batch, plan)).to_iter_dataset(options))
+        return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options))
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch - self.start
@@ -148,9 +154,18 @@ class Batches:
         _check_start(moved)
         return moved
 
-    def _batch(self, plan: Callable[[int], list[plans.Batch]], step: int) -> Batch:
+    def plan(self, step: int) -> plans.Batch:
+        """Which rows make up the batch of a step, counted from the run's beginning."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        length, rows, real = plans.local(self.layout, plan(epoch)[position], self.shard)
+        return self._plans(epoch)[position]
+
+    @functools.cached_property
+    def _plans(self) -> Callable[[int], list[plans.Batch]]:
+        return functools.lru_cache(maxsize=2)(functools.partial(plans.epoch, self.layout, self.seed))
+
+    def assemble(self, plan: plans.Batch) -> Batch:
+        """The part of a planned batch that this process trains on."""
+        length, rows, real = plans.local(self.layout, plan, self.shard)
         batch = _gather(self.columns, rows, length)
         if self.labels is not None:
             batch["label"] = self.labels[rows].astype(np.int32)
