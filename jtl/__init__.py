@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from jtl.step import eval_step as eval_step
     from jtl.step import finetune as finetune
     from jtl.step import train_step as train_step
+    from jtl.sweeps import Stopping as Stopping
+    from jtl.sweeps import sweep as sweep
     from jtl.tree import combine as combine
     from jtl.tree import partition as partition
 
@@ -86,7 +88,9 @@ _NAMES = {
     "select": "masks",
     "Split": "boundary",
     "split": "boundary",
+    "Stopping": "sweeps",
     "supervised": "objective",
+    "sweep": "sweeps",
     "train_step": "step",
     "variables": "state",
     "where": "masks",

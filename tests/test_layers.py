@@ -27,7 +27,7 @@ TIERS = (
     ("export",),
     ("data", "parallel"),
     ("cache",),
-    ("loop",),
+    ("loop", "sweeps"),
     ("recipes",),
     ("cli",),
     ("__main__",),

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jtl.boundary import Split, split
-from jtl.cache.build import build
+from jtl.cache.build import Cache, build
 from jtl.cache.follow import estimate, follow
 from jtl.data import Batches
 from jtl.errors import CacheError, ConfigError, SplitError
@@ -30,13 +30,13 @@ class Prepared(NamedTuple):
     Attributes:
       loss_fn: the suffix, or the loss itself.
       batches: cached ones, or the run itself.
-      cut: the split; None where no cache is used.
+      cache: what was built; None where no cache is used.
       why: one line that says what was decided; empty where there was nothing to decide.
     """
 
     loss_fn: LossFn
     batches: Iterable[Batch]
-    cut: Split | None
+    cache: Cache | None
     why: str
 
 
@@ -118,7 +118,7 @@ def _prepared(
         f"cache: {size / 1e6:,.1f} MB {where}, computed once up to {cut.report.boundary}; "
         f"{gain:.1f} times fewer operations over {epochs:g} epochs"
     )
-    return Prepared(cut.suffix, follow(cache, batches), cut, why)
+    return Prepared(cut.suffix, follow(cache, batches), cache, why)
 
 
 def _split(loss_fn: LossFn, state: TrainState, frozen: Frozen, batch: Batch) -> Split:

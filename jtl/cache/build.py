@@ -52,7 +52,7 @@ class Cache:
       rows: the number of rows of the data set.
       views: how many augmented views of each are stored.
       key: a digest of everything that the rows were computed from.
-      prefix: `prefix(batch) -> cached`, compiled.
+      prefix: `prefix(batch) -> cached`, compiled for each shape.
       prepare: `prepare(batch, view, number) -> batch`, the augmentation of a view.
     """
 
@@ -60,7 +60,7 @@ class Cache:
     rows: int
     views: int
     key: str
-    prefix: Callable[[Batch], dict[str, Any]]
+    prefix: "Compiled"
     prepare: Callable[[Batch, int, int], Batch]
 
     def compute(self, batch: Batch, view: int, number: int) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ class Cache:
 
     def group_of(self, batch: Batch) -> Signature:
         """The group that rows of these shapes belong to."""
-        return signature(jax.eval_shape(self.prefix, batch))
+        return self.prefix.group_of(batch)
 
     def batches(
         self, *, batch_size: int, epochs: int = 1, key: Key | None = None, remainder: str | None = None
@@ -101,6 +101,43 @@ class Cache:
         if not layouts:
             raise ConfigError(f"remainder='drop' leaves no batch: {self.rows} rows, batch_size={batch_size}")
         return CachedBatches(self, layouts, epochs, seed)
+
+
+class Compiled:
+    """A prefix with its frozen leaves, compiled for each shape of batch when it first comes.
+
+    Attributes:
+      seconds: spent on compilation.
+      flops: operations by the shapes of a batch's entries, as XLA counts them.
+    """
+
+    def __init__(self, prefix: Prefix, frozen: Frozen, collections: Any):
+        self.seconds, self.flops = 0.0, {}
+        self._arguments, self._jitted = (frozen, collections), jax.jit(prefix)
+        self._steps: dict[Any, Any] = {}
+
+    def __call__(self, batch: Batch) -> dict[str, jax.Array]:
+        """The cached form of a batch."""
+        shapes = _shapes(batch)
+        if shapes not in self._steps:
+            started = time.perf_counter()
+            self._steps[shapes] = self._jitted.lower(*self._arguments, batch).compile()
+            self.seconds += time.perf_counter() - started
+            self.flops[shapes] = (self._steps[shapes].cost_analysis() or {}).get("flops", 0.0)
+        return self._steps[shapes](*self._arguments, batch)
+
+    def flops_at(self, shape: tuple[int, ...]) -> float:
+        """Operations for a batch with an entry of this leading shape; 0 if none was computed."""
+        sizes = ((flops, [size for _, size, _ in entries]) for entries, flops in self.flops.items())
+        return next((flops for flops, found in sizes if any(size[: len(shape)] == shape for size in found)), 0.0)
+
+    def group_of(self, batch: Batch) -> Signature:
+        """The group that rows of these shapes belong to."""
+        return signature(jax.eval_shape(self._jitted, *self._arguments, batch))
+
+
+def _shapes(batch: Batch) -> tuple[Any, ...]:
+    return tuple((path, np.shape(leaf), str(leaf.dtype)) for path, leaf in jtree.leaves_with_paths(batch))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +222,6 @@ def build(
     _check(views, augment, key)
     source = _source(batches)
     collections = jtree.combine(state.collections, frozen.collections)
-    jitted = jax.jit(prefix)  # the same prefix compiles once, however often a cache is built of it
 
     def prepare(batch: Batch, view: int, number: int) -> Batch:
         if augment is None or key is None:
@@ -199,7 +235,7 @@ def build(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key.json").write_text(json.dumps(parts, indent=1), "utf-8")
-    cache = Cache(store, source.rows, views, digest, lambda batch: jitted(frozen, collections, batch), prepare)
+    cache = Cache(store, source.rows, views, digest, Compiled(prefix, frozen, collections), prepare)
     check, total = checker(prefix.boundary.loss_fn, state, frozen), views * source.batches
     missing = list(gaps(total, found))
     done = total - sum(stop - start for start, stop in missing)
@@ -322,9 +358,8 @@ def _key(
     """The key, and its parts for a reader."""
     shapes, reads = {}, {}
     for _, batch in source.read(0, source.batches):
-        signature_of = tuple((path, leaf.shape, str(leaf.dtype)) for path, leaf in jtree.leaves_with_paths(batch))
-        if signature_of not in shapes:
-            shapes[signature_of] = prefix.digest(batch)
+        if _shapes(batch) not in shapes:
+            shapes[_shapes(batch)] = prefix.digest(batch)
             reads |= dict.fromkeys(prefix.reads(batch))
     leaves = {("params", path): leaf for path, leaf in jtree.leaves_with_paths(frozen.params)}
     leaves |= {("collections", path): leaf for path, leaf in jtree.leaves_with_paths(collections)}

@@ -57,8 +57,19 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     with progress.steps(console) as advance:
         on_step = advance(escape(strategy.name), len(batches))
         done = training.run(
-            loss_fn, tx, variables, strategy.trainable, batches, test, key=run_key, mesh=mesh, on_step=on_step
+            loss_fn,
+            tx,
+            variables,
+            strategy.trainable,
+            batches,
+            test,
+            key=run_key,
+            mesh=mesh,
+            cache=settings.cache,
+            on_step=on_step,
         )
+    if done.why:
+        console.print(done.why, markup=False, soft_wrap=True)
     _print(strategy.name, done.outcome, held_out, console)
     if settings.out is not None:
         notes = {"settings": _plain(settings), "outcome": done.outcome._asdict(), "source": source.name}

@@ -136,7 +136,9 @@ def _outcomes(
         head_key, run_key = jax.random.split(jax.random.key(seed))
         variables = _start(model, pretrained if way.pretrained else None, head_key)
         on_step = advance(f"{way.name}, seed {seed}", len(batches))
-        yield training.run(*objective, variables, way.trainable, batches, test, key=run_key, on_step=on_step).outcome
+        yield training.run(
+            *objective, variables, way.trainable, batches, test, key=run_key, cache=settings.cache, on_step=on_step
+        ).outcome
 
 
 def _start(model: Any, pretrained: dict[str, Any] | None, key: jax.Array) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Quickstart:
     """Reviews of other films to evaluate on, at most."""
     split: Literal["test", "validation"] = "test"
     """The films to evaluate on."""
+    cache: Literal["auto", "off"] = "auto"
+    """Whether to compute what no trained leaf can change once; auto does where that saves work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Finetune:
     """Tokens of a text; longer ones are cut, and counted."""
     seed: int = 0
     """Of the split, the initial head, the order and dropout."""
+    cache: Literal["auto", "off", "require"] = "auto"
+    """Whether to compute what no trained leaf can change once; auto does where that saves work."""
     revision: str | None = None
     """A branch, tag or commit of a hub repository."""
 

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 import jtl
 from jtl import tree as jtree
-from jtl.data import Batches, Examples, batches, text
+from jtl.cache import Mode, Prepared, prepare
+from jtl.data import Batches, Examples, batches, plans, text
 from jtl.loop import compiled_eval, compiled_train
 from jtl.state import Frozen, TrainState, freeze
 from jtl.typing import PyTree
@@ -23,9 +23,10 @@ class Outcome(NamedTuple):
     Attributes:
       trained: number of trained parameters.
       state_bytes: bytes of optimizer state.
-      gflops: compiled floating-point operations of a step, in 1e9 per example, by XLA's count.
+      gflops: compiled floating-point operations of the run, in 1e9 per example and epoch, by XLA's count at the
+        most frequent length. What is computed once and cached is spread over the epochs.
       compile_seconds: tracing and compilation, all shapes.
-      seconds: training, without compilation and evaluation.
+      seconds: training, the filling of a cache included, without compilation and evaluation.
       examples_per_second: real examples, without compilation.
       scores: the metrics on the held-out examples.
     """
@@ -40,11 +41,12 @@ class Outcome(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A finished run: the trained state, and its outcome."""
+    """A finished run: the trained state, its outcome, and what was said of a cache."""
 
     state: TrainState
     frozen: Frozen
     outcome: Outcome
+    why: str
 
 
 def text_batches(
@@ -78,6 +80,7 @@ def run(
     *,
     key: jax.Array,
     mesh: Any = None,
+    cache: Mode = "auto",
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> Run:
     """Train on all batches, then evaluate.
@@ -91,6 +94,7 @@ def run(
       held_out: batches to evaluate on.
       key: the random key of the run.
       mesh: the devices to split batches over.
+      cache: as in `jtl.fit`.
       on_step: called with the metrics of every step.
 
     Returns:
@@ -99,39 +103,55 @@ def run(
     state, frozen = jtl.init(variables, tx, trainable=trainable, key=key)
     trained, state_bytes = jtree.size(state.params), jtree.nbytes(state.opt_state)
     started = time.perf_counter()
-    gflops = _compile(loss_fn, tx, state, frozen, train, mesh)
-    compile_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    for report in jtl.fit(loss_fn, tx, state, frozen, train, mesh=mesh):
+    if mesh is not None:
+        jtl.parallel.shard_batch(next(iter(train)), mesh)  # a size that does not fit is refused before any work
+    prepared = prepare(loss_fn, state, frozen, train, mode=cache)
+    filled = time.perf_counter()
+    gflops = _compile(prepared, tx, state, frozen, train, mesh)
+    compiled = time.perf_counter()
+    for report in jtl.fit(prepared.loss_fn, tx, state, frozen, prepared.batches, mesh=mesh, cache="off"):
         on_step(report.metrics)
         state = report.state
     jax.block_until_ready(state.params)
-    seconds = time.perf_counter() - started
+    done = time.perf_counter()
+    once = prepared.cache.prefix.seconds if prepared.cache else 0.0
+    seconds, compile_seconds = done - compiled + filled - started - once, compiled - filled + once
     scores = jtl.evaluate(compiled_eval(loss_fn), *freeze(state, frozen), held_out, mesh=mesh)
     rate = _examples(train) / seconds
-    return Run(state, frozen, Outcome(trained, state_bytes, gflops, compile_seconds, seconds, rate, scores))
+    outcome = Outcome(trained, state_bytes, gflops, compile_seconds, seconds, rate, scores)
+    return Run(state, frozen, outcome, prepared.why)
 
 
 def _examples(data: Batches) -> int:
     return data.epochs * len(data.layout.bucket_of_row)
 
 
-def _compile(loss_fn: Any, tx: Any, state: TrainState, frozen: Frozen, train: Batches, mesh: Any) -> float:
-    """Compile every shape that will occur; GFLOP per example of the most frequent one."""
+def _compile(prepared: Prepared, tx: Any, state: TrainState, frozen: Frozen, train: Batches, mesh: Any) -> float:
+    """Compile every shape that will occur; GFLOP per example and epoch of the most frequent one."""
     if mesh is not None:
         state, frozen = jtl.parallel.replicate(state, mesh), jtl.parallel.replicate(frozen, mesh)
     lowered: dict[tuple[int, ...], Any] = {}
-    for batch in train:
-        shape = np.shape(next(iter(batch.values())))[:2]
+    for batch, step in zip(prepared.batches, range(len(train)), strict=False):
+        shape = _shape(train, step)
         if shape not in lowered:
             placed = batch if mesh is None else jtl.parallel.shard_batch(batch, mesh)
-            lowered[shape] = compiled_train(loss_fn, tx).lower(state, frozen, placed)
+            lowered[shape] = compiled_train(prepared.loss_fn, tx).lower(state, frozen, placed)
         if len(lowered) == len(train.shapes):
             break
     with ThreadPoolExecutor() as pool:  # XLA compiles one program mostly on one core
         compiled = dict(zip(lowered, pool.map(lambda step: step.compile(), lowered.values()), strict=True))
     frequent = max(train.shapes, key=lambda shape: train.shapes[shape])
-    return compiled[frequent].cost_analysis()["flops"] / frequent[0] / 1e9
+    flops = compiled[frequent].cost_analysis()["flops"]
+    if prepared.cache is not None:
+        flops += prepared.cache.prefix.flops_at(frequent) / train.epochs
+    return flops / frequent[0] / 1e9
+
+
+def _shape(run: Batches, step: int) -> tuple[int, ...]:
+    """The leading shape of a batch of a run, as `run.shapes` has it."""
+    plan = run.plan(step)
+    rows = len(plans.local(run.layout, plan, run.shard)[1])
+    return (rows, plan.length) if plan.length else (rows,)
 
 
 def schedule(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
