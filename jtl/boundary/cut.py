@@ -9,7 +9,7 @@ from jax.extend import core as jex
 
 from jtl.boundary import trace as tracing
 from jtl.boundary.flops import is_heavy, is_light
-from jtl.boundary.rows import infer
+from jtl.boundary.rows import closed_over, infer
 from jtl.boundary.states import Known, Mixed, Row, constant, opaque
 from jtl.boundary.trace import Program
 from jtl.errors import SplitError
@@ -58,17 +58,18 @@ def rows(program: Program, doubled: Program) -> Rows:
       SplitError: an equation of the frozen part uses a random key, mixes examples, has an effect,
         or depends on the size of the batch.
     """
-    _check_size(program, doubled)
     known = Known({}, {})
     for var, given in doubled.inputs.items():
         known.states[var] = Row(0) if given.kind == "batch" else opaque(var.aval)
-    known.states.update({var: opaque(var.aval) for var in doubled.consts})
+    known.states.update(
+        zip(doubled.consts, map(closed_over, program.consts.values(), doubled.consts.values()), strict=True)
+    )
     found = Rows({var: Row(0) for var, given in program.inputs.items() if given.kind == "batch"}, {})
     for eqn, twice in zip(program.eqns, doubled.eqns, strict=True):
         marks = program.marks_of(eqn.invars)
         if marks.trained:
             continue
-        states = [constant(0)] * len(eqn.outvars) if marks.key else infer(twice, known)
+        states = [constant(0)] * len(eqn.outvars) if marks.key else infer(eqn, twice, known)
         known.states.update(zip(twice.outvars, states, strict=True))
         known.producers.update(dict.fromkeys(twice.outvars, twice))
         if marks.batch:
@@ -76,58 +77,52 @@ def rows(program: Program, doubled: Program) -> Rows:
     return found
 
 
-def _check_size(program: Program, doubled: Program) -> None:
-    same = len(program.eqns) == len(doubled.eqns)
-    for eqn, twice in zip(program.eqns, doubled.eqns, strict=False):
-        if program.marks_of(eqn.invars).trained:
-            continue
-        values = [
-            [float(atom.val) for atom in one.invars if isinstance(atom, jex.Literal) and _is_float(atom)]
-            for one in (eqn, twice)
-        ]
-        if eqn.primitive is not twice.primitive or not np.array_equal(*values, equal_nan=True):
-            raise tracing.refuse("the frozen part of the loss depends on the size of the batch", eqn)
-    if not same:
-        raise SplitError("the loss has other equations at twice the batch size; it cannot be cut by examples")
-
-
-def _is_float(atom: Any) -> bool:
-    return np.ndim(atom.val) == 0 and np.issubdtype(np.asarray(atom.val).dtype, np.floating)
-
-
 def _sort(program: Program, eqn: Any, states: Sequence[Any], found: Rows) -> None:
     """Enter the results of an equation that reads examples, or refuse it."""
     if eqn.effects:
         raise tracing.refuse("the frozen part of the loss has an effect, which caching would run once", eqn)
     marks = program.marks_of(eqn.invars)
+    if not marks.key and not any(isinstance(state, Mixed) for state in states):
+        found.axis.update({var: s for var, s in zip(eqn.outvars, states, strict=True) if isinstance(s, Row)})
+        return
     cause = next((found.late[atom] for atom in eqn.invars if _is_var(atom) and atom in found.late), None)
-    if cause is not None and _reads_frozen(program, eqn):
-        reason, origin = cause
+    reason, origin = cause or (_reason(states, marks.key), eqn)
+    if _reads_frozen(program, eqn):
         raise SplitError(
             f"{reason}: {tracing.where(origin)}; frozen leaves come after it ({tracing.where(eqn)}), "
             "so their work cannot be cached"
         )
     for var, state in zip(eqn.outvars, states, strict=True):
-        if isinstance(state, Row) and cause is None and not marks.key:
+        if isinstance(state, Row) and not marks.key:
             found.axis[var] = state
-            continue
-        reason = "a random key is used before the first trained leaf" if marks.key else "examples are mixed"
-        if isinstance(state, Mixed) and not marks.key:
-            reason = f"examples are mixed ({state.reason})"
-        found.late[var] = cause or (reason, eqn)
+        elif isinstance(state, Mixed) or marks.key:
+            found.late[var] = reason, origin
+
+
+def _reason(states: Sequence[Any], key: bool) -> str:
+    if key:
+        return "a random key is used before the first trained leaf"
+    return f"examples are mixed ({next(state.reason for state in states if isinstance(state, Mixed))})"
 
 
 def _reads_frozen(program: Program, eqn: Any) -> bool:
-    """Whether a frozen leaf, or a product with any other array, meets the examples here."""
+    """Whether a product with a frozen leaf, or with any other array, is lost to the cache here."""
     others = [atom for atom in eqn.invars if _is_var(atom) and not program.marks[atom].batch]
-    return any(program.marks[atom].frozen or (is_heavy(eqn) and atom.aval.ndim) for atom in others)
+    return is_heavy(eqn) and any(program.marks[atom].frozen or atom.aval.ndim for atom in others)
 
 
 def _is_var(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 
 
-def choose(program: Program, found: Rows, *, allowed: Callable[[Any], bool] | None = None) -> Cut:
+def choose(
+    program: Program,
+    found: Rows,
+    *,
+    allowed: Callable[[Any], bool] = lambda _: True,
+    rebuild: bool = False,
+    also: Sequence[Any] = (),
+) -> Cut:
     """The cut that stores the fewest bytes for each example, by a minimum cut.
 
     A value that light equations can rebuild from stored ones is rebuilt. Products, lookups and loops
@@ -136,27 +131,27 @@ def choose(program: Program, found: Rows, *, allowed: Callable[[Any], bool] | No
     Args:
       program: a traced loss.
       found: what can be cached.
-      allowed: which values may be stored; whatever lies behind them is rebuilt at any price.
+      allowed: which values may be stored.
+      rebuild: rebuild what lies behind them at any price.
+      also: values that must be stored, or be rebuilt from stored ones, beside those that the loss needs.
 
     Raises:
       SplitError: the allowed values do not suffice.
     """
     behind = {var: eqn for eqn in program.eqns for var in eqn.outvars}
-    wanted = _wanted(program, found, behind)
-    relevant = _ancestors(wanted, behind, found)
+    needed = [*wanted(program, found), *also]
+    relevant = _ancestors(program, needed, behind, found)
     graph = _Graph()
     for var in relevant:
         eqn = behind.get(var)
-        free = allowed is None or allowed(var)
-        graph.edge(("in", var), ("out", var), _price(var, found.axis[var], given=eqn is None) if free else None)
-        if eqn is None or (allowed is None and not is_light(eqn)):
+        graph.edge(("in", var), ("out", var), _price(var, found.axis[var], given=eqn is None) if allowed(var) else None)
+        if eqn is None or not (rebuild or is_light(eqn)):
             graph.edge("source", ("in", var), None)
-        for atom in [] if eqn is None else eqn.invars:
-            if _is_var(atom) and atom in found.axis:
-                graph.edge(("out", atom), ("in", var), None)
-    for var in wanted:
+        for atom in _row_operands(program, eqn, behind, found):
+            graph.edge(("out", atom), ("in", var), None)
+    for var in needed:
         graph.edge(("out", var), "sink", None)
-    after = graph.after_cut() if wanted else set()
+    after = graph.after_cut() if needed else set()
     if after is None:
         raise SplitError("evaluation needs values that training does not: they are not among those stored")
     crossing = [var for var in relevant if ("out", var) in after and ("in", var) not in after]
@@ -167,15 +162,15 @@ def choose(program: Program, found: Rows, *, allowed: Callable[[Any], bool] | No
     return Cut(stored, passed, prefix, suffix)
 
 
-def _wanted(program: Program, found: Rows, behind: Mapping[Any, Any]) -> list[Any]:
+def wanted(program: Program, found: Rows) -> list[Any]:
     """The row values that something trained, something late, or the loss's result reads."""
-    wanted = dict.fromkeys(atom for atom in program.outputs if _is_var(atom) and atom in found.axis)
+    read = dict.fromkeys(atom for atom in program.outputs if _is_var(atom) and atom in found.axis)
     for eqn in _needed(program, program.outputs, set(found.axis), effects=True):
-        wanted |= dict.fromkeys(atom for atom in eqn.invars if _is_var(atom) and atom in found.axis)
-    return list(wanted)
+        read |= dict.fromkeys(atom for atom in eqn.invars if _is_var(atom) and atom in found.axis)
+    return list(read)
 
 
-def _ancestors(wanted: Iterable[Any], behind: Mapping[Any, Any], found: Rows) -> list[Any]:
+def _ancestors(program: Program, wanted: Iterable[Any], behind: Mapping[Any, Any], found: Rows) -> list[Any]:
     """The row values that some of these are computed from, themselves included."""
     seen: dict[Any, None] = {}
     waiting = list(wanted)
@@ -183,10 +178,17 @@ def _ancestors(wanted: Iterable[Any], behind: Mapping[Any, Any], found: Rows) ->
         var = waiting.pop()
         if var not in seen:
             seen[var] = None
-            eqn = behind.get(var)
-            waiting += [atom for atom in (eqn.invars if eqn else []) if _is_var(atom) and atom in found.axis]
+            waiting += _row_operands(program, behind.get(var), behind, found)
     order = {var: k for k, var in enumerate(found.axis)}
     return sorted(seen, key=lambda var: order[var])
+
+
+def _row_operands(program: Program, eqn: Any, behind: Mapping[Any, Any], found: Rows) -> list[Any]:
+    """The row values that an equation reads, be it through values that are none, such as `x[jnp.arange(batch), i]`."""
+    operands = [atom for atom in (eqn.invars if eqn else []) if _is_var(atom)]
+    rows = [atom for atom in operands if atom in found.axis]
+    others = [behind[atom] for atom in operands if atom not in found.axis and program.marks[atom].batch]
+    return rows + [atom for inner in others for atom in _row_operands(program, inner, behind, found)]
 
 
 def _needed(program: Program, outputs: Sequence[Any], given: set[Any], *, effects: bool) -> list[Any]:
@@ -227,19 +229,32 @@ class _Graph:
         from scipy import sparse
         from scipy.sparse import csgraph
 
+        if self._endless():
+            return None
         # The solver counts in int32: bytes are scaled down together if they do not fit.
         finite = sum(capacity for capacity in self.edges.values() if capacity is not None)
         limit = np.iinfo(np.int32).max // 4
         scale = max(1, math.ceil(finite / limit))
-        values = [limit if c is None else max(1, c // scale) for c in self.edges.values()]
+        values = [2 * limit if c is None else max(1, c // scale) for c in self.edges.values()]
         index = np.array(list(self.edges)).T.reshape(2, -1)
         capacities = sparse.csr_matrix((np.array(values, np.int32), index), shape=(len(self.nodes),) * 2)
         result = csgraph.maximum_flow(capacities, 0, 1)
-        if result.flow_value >= limit:
-            return None
         residual = (capacities - result.flow).tocsr()
         residual.data[residual.data < 0] = 0
         residual.eliminate_zeros()
         reached = csgraph.breadth_first_order(residual.T.tocsr(), 1, return_predecessors=False)
         inside = set(reached.tolist())
         return {node for node, number in self.nodes.items() if number in inside}
+
+    def _endless(self) -> bool:
+        """Whether a way of infinite edges leads from the source to the sink."""
+        ahead: dict[int, list[int]] = {}
+        for (left, right), capacity in self.edges.items():
+            if capacity is None:
+                ahead.setdefault(left, []).append(right)
+        seen, waiting = {0}, [0]
+        while waiting:
+            new = [node for node in ahead.get(waiting.pop(), []) if node not in seen]
+            seen.update(new)
+            waiting += new
+        return 1 in seen

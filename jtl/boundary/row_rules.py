@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -15,7 +17,7 @@ ELEMENTWISE = frozenset(
     integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
     optimization_barrier polygamma population_count pow real reduce_precision rem round rsqrt select_n
     shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor""".split()
+    sharding_constraint xor""".split()
 )
 REDUCTIONS = frozenset(
     """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor""".split()
@@ -195,7 +197,13 @@ def _gather(eqn: Any, states: list[State], known: Known) -> State:
     if isinstance(table, Mixed):
         return table
     if isinstance(table, Const):
-        return moved(places, dict(enumerate(of_indices)))
+        found = moved(places, dict(enumerate(of_indices)))
+        for mine, theirs in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+            if mine not in table.uniform and isinstance(found, Row) and found.axis == of_indices[theirs]:
+                return Mixed("a table that differs from place to place in the batch is looked up")
+            if mine not in table.uniform and isinstance(found, Const):
+                found = Const(found.uniform - {of_indices[theirs]})
+        return found
     axis = table.axis
     whole = eqn.params["slice_sizes"][axis] == operand.aval.shape[axis]
     if isinstance(places, Const) and axis in of_operand and whole and axis not in numbers.start_index_map:
@@ -203,7 +211,7 @@ def _gather(eqn: Any, states: list[State], known: Known) -> State:
     for mine, theirs in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         if mine == axis and _goes_with(places, table._replace(axis=theirs)):
             return table._replace(axis=of_indices[theirs])
-    if axis in numbers.start_index_map and table == Row(axis):
+    if axis in numbers.start_index_map and axis in numbers.collapsed_slice_dims and table == Row(axis):
         along = _own_rows(indices, numbers.start_index_map.index(axis), operand.aval.shape[axis], known)
         if along is not None:
             return Row(of_indices[along])
@@ -242,8 +250,9 @@ def _evaluate(atom: Any, known: Known, depth: int = 12) -> np.ndarray | None:
     values = [_evaluate(operand, known, depth - 1) for operand in eqn.invars]
     if any(value is None for value in values):
         return None
-    result = eqn.primitive.bind(*values, **eqn.params)
-    return np.asarray(result[0] if eqn.primitive.multiple_results else result)
+    with jax.ensure_compile_time_eval():  # a split may be made while a step is being traced
+        result = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
+        return np.asarray(result[0] if eqn.primitive.multiple_results else result)
 
 
 RULES: dict[str, Callable[..., State | list[State]]] = {

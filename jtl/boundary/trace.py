@@ -1,7 +1,5 @@
 """A loss as one flat list of equations, each marked by what it depends on."""
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jtl import tree as jtree
+from jtl.boundary import dead, layers_scan, text
 from jtl.boundary.flops import is_heavy
 from jtl.boundary.rows import CALLS, called
 from jtl.errors import SplitError
@@ -67,6 +66,7 @@ class Program(NamedTuple):
       outputs: variables or literals.
       out_tree: the structure of the outputs, `(loss, Aux)`.
       marks: what each variable depends on.
+      notes: what could be cut deeper if it were written otherwise.
     """
 
     inputs: dict[Any, Input]
@@ -75,6 +75,7 @@ class Program(NamedTuple):
     outputs: list[Any]
     out_tree: Any
     marks: dict[Any, Marks]
+    notes: list[str]
 
     def marks_of(self, atoms: Sequence[Any]) -> Marks:
         """What values together depend on."""
@@ -95,6 +96,7 @@ class Shapes(NamedTuple):
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, a number or a shape."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     dtype = dtype if jnp.issubdtype(dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(dtype)
     return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
@@ -130,7 +132,7 @@ def trace(loss_fn: LossFn, shapes: Shapes, *, training: bool, frozen_dropout: bo
     marks = {var: _marks(given) for var, given in inputs.items()} | dict.fromkeys(consts, Marks())
     flat = _Flat(consts, marks)
     outputs = flat.add(jaxpr, dict(zip([*inputs, *consts], [*inputs, *consts], strict=True)))
-    return Program(inputs, consts, flat.eqns, outputs, jax.tree.structure(out), marks)
+    return Program(inputs, consts, dead.live(flat.eqns, outputs), outputs, jax.tree.structure(out), marks, flat.notes)
 
 
 def _input(path: Any, _: Any) -> Input:
@@ -160,12 +162,13 @@ def _together(marks: Mapping[Any, Marks], atoms: Sequence[Any]) -> Marks:
 
 
 class _Flat:
-    """Equations with calls inlined, and equal equations that nothing trained reaches merged."""
+    """Equations with calls inlined, and scans over frozen and trained layers taken apart."""
 
     def __init__(self, consts: dict[Any, Any], marks: dict[Any, Marks]):
         self.consts, self.marks = consts, marks
         self.eqns: list[Any] = []
-        self._seen: dict[Any, list[Any]] = {}
+        self.producers: dict[Any, Any] = {}
+        self.notes: list[str] = []
 
     def add(self, jaxpr: Any, env: dict[Any, Any], stack: Any = None) -> list[Any]:
         """Append a jaxpr's equations; `env` has its arguments, and gets its other variables."""
@@ -175,12 +178,11 @@ class _Flat:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            found = _together(self.marks, operands)
             inner_stack = eqn.source_info.name_stack if stack is None else stack + eqn.source_info.name_stack
             if self._opens(eqn, operands):
                 results = self._inline(eqn, operands, inner_stack)
             else:
-                results = self._append(eqn, operands, found, inner_stack)
+                results = self._append(eqn, operands, inner_stack)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -193,28 +195,87 @@ class _Flat:
             return _has_heavy_row(called(eqn), [_together(self.marks, [atom]) for atom in operands])
         return True
 
+    def _marks_of(self, *atoms: Any) -> Marks:
+        return _together(self.marks, atoms)
+
     def _inline(self, eqn: Any, operands: list[Any], stack: Any) -> list[Any]:
         inner = called(eqn)
         jaxpr = getattr(inner, "jaxpr", inner)
+        # A library's own jit is traced once for all its callers: then only the call tells the line.
+        unknown = {id(one) for one in jaxpr.eqns if not _line(one.source_info.traceback)}
+        here = eqn.source_info.traceback
+        eqns = [
+            one.replace(source_info=one.source_info.replace(traceback=here)) if id(one) in unknown else one
+            for one in jaxpr.eqns
+        ]
+        jaxpr = jaxpr.replace(eqns=eqns) if unknown else jaxpr
         env = dict(zip(jaxpr.invars, operands, strict=True))
         for var, value in zip(jaxpr.constvars, getattr(inner, "consts", ()), strict=True):
             env[var] = jex.Var(var.aval)
             self.consts[env[var]], self.marks[env[var]] = value, Marks()
         return self.add(jaxpr, env, stack)
 
-    def _append(self, eqn: Any, operands: list[Any], found: Marks, stack: Any) -> list[Any]:
-        same = None
-        if not found.trained and not eqn.effects:
-            same = (eqn.primitive.name, _plain(eqn.params), *(_name(atom) for atom in operands))
-            if same in self._seen:
-                return self._seen[same]
+    def _append(self, eqn: Any, operands: list[Any], stack: Any) -> list[Any]:
         results = [jex.Var(var.aval) for var in eqn.outvars]
         info = eqn.source_info.replace(name_stack=stack)
-        self.eqns.append(eqn.replace(invars=operands, outvars=results, source_info=info))
-        self.marks.update(dict.fromkeys(results, found))
-        if same is not None:
-            self._seen[same] = results
+        eqn = eqn.replace(invars=operands, outvars=results, source_info=info)
+        parts = None
+        if eqn.primitive.name == "scan":
+            eqn = dead.lean_scan(eqn)
+            operands = eqn.invars
+            parts = layers_scan.take_apart(eqn, self._marks_of, self.producers, self.notes)
+        if parts is not None:
+            jaxpr, arguments = parts
+            return self.add(jaxpr, dict(zip(jaxpr.invars, arguments, strict=True)))
+        self.eqns.append(eqn)
+        self.marks.update(dict.fromkeys(results, _together(self.marks, operands)))
+        self.producers.update(dict.fromkeys(results, eqn))
         return results
+
+
+def merged(program: Program, other: Program) -> tuple[Program, Program]:
+    """Equal equations that nothing trained reaches, made one.
+
+    Two equations are equal if they are so in both programs: at one batch size alone, a value of the
+    examples and one of a layer may have equal shapes by chance.
+
+    Args:
+      program: a traced loss.
+      other: the same loss at another batch size, with the same equations.
+    """
+    seen: dict[Any, Any] = {}
+    new: tuple[dict[Any, Any], ...] = ({}, {})
+    kept: tuple[list[Any], ...] = ([], [])
+    for pair in zip(program.eqns, other.eqns, strict=True):
+        moved = [
+            eqn.replace(
+                invars=[to.get(atom, atom) if not isinstance(atom, jex.Literal) else atom for atom in eqn.invars]
+            )
+            for eqn, to in zip(pair, new, strict=True)
+        ]
+        key = None if program.marks_of(pair[0].invars).trained else tuple(map(_key, moved))
+        if key is None or None in key or key not in seen:
+            if key is not None:
+                seen[key] = moved
+            for eqns, eqn in zip(kept, moved, strict=True):
+                eqns.append(eqn)
+            continue
+        for to, eqn, same in zip(new, moved, seen[key], strict=True):
+            to.update(zip(eqn.outvars, same.outvars, strict=True))
+
+    def renamed(one: Program, to: dict[Any, Any], eqns: list[Any]) -> Program:
+        outputs = [atom if isinstance(atom, jex.Literal) else to.get(atom, atom) for atom in one.outputs]
+        return one._replace(eqns=eqns, outputs=outputs)
+
+    return renamed(program, new[0], kept[0]), renamed(other, new[1], kept[1])
+
+
+def _key(eqn: Any) -> Any:
+    """What makes two equations equal; None for one that is like no other."""
+    if eqn.effects or text.calls_back(eqn):
+        return None
+    operands = (text.literal(atom) if isinstance(atom, jex.Literal) else id(atom) for atom in eqn.invars)
+    return eqn.primitive.name, text.plain(eqn.params), *operands
 
 
 def _has_heavy_row(jaxpr: Any, given: Sequence[Marks]) -> bool:
@@ -228,73 +289,36 @@ def _has_heavy_row(jaxpr: Any, given: Sequence[Marks]) -> bool:
     return False
 
 
-def _name(atom: Any) -> Any:
-    return (str(atom.val), str(atom.aval)) if isinstance(atom, jex.Literal) else id(atom)
-
-
-def _plain(value: Any) -> str:
-    """Parameters of an equation as text that is the same in every process."""
-    if isinstance(value, Mapping):
-        return ";".join(f"{key}={_plain(value[key])}" for key in sorted(value, key=str))
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-        return f"({','.join(map(_plain, value))})"
-    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
-        return _plain_jaxpr(value)
-    if isinstance(value, np.ndarray | jax.Array):
-        return jtree.digest(value)
-    if callable(value) and not isinstance(value, type):
-        function = getattr(value, "f", value)
-        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
-
-
-def _plain_jaxpr(value: Any) -> str:
-    jaxpr = getattr(value, "jaxpr", value)
-    names: dict[Any, str] = {}
-
-    def name(atom: Any) -> str:
-        return f"{atom.val}" if isinstance(atom, jex.Literal) else names.setdefault(atom, f"v{len(names)}")
-
-    def line(eqn: Any) -> str:
-        operands = " ".join(map(name, eqn.invars))
-        results = " ".join(f"{name(var)}:{var.aval}" for var in eqn.outvars)
-        return f"{results}={eqn.primitive.name}[{_plain(eqn.params)}] {operands}"
-
-    arguments = " ".join(f"{name(var)}:{var.aval}" for var in (*jaxpr.constvars, *jaxpr.invars))
-    consts = " ".join(jtree.digest(const) for const in getattr(value, "consts", ()))
-    body = "\n".join(map(line, jaxpr.eqns))
-    return f"{{{consts}|{arguments}|{body}|{' '.join(map(name, jaxpr.outvars))}}}"
-
-
 def digests(program: Program, eqns: Sequence[Any]) -> dict[Any, str]:
-    """A digest of how each value is computed from the named inputs: equal for equal computations, in any process."""
-    known = {var: f"{given.kind}:{given.path}:{var.aval}" for var, given in program.inputs.items()}
-    known |= {var: jtree.digest(value) for var, value in program.consts.items()}
-
-    def text(atom: Any) -> str:
-        return f"{atom.val}:{atom.aval}" if isinstance(atom, jex.Literal) else known[atom]
-
-    for eqn in eqns:
-        what = "\n".join([eqn.primitive.name, _plain(eqn.params), *map(text, eqn.invars)])
-        digest = hashlib.sha256(what.encode()).hexdigest()
-        known.update({var: f"{digest}:{k}:{var.aval}" for k, var in enumerate(eqn.outvars)})
-    return known
+    """A digest of how each value is computed from the program's inputs."""
+    return text.digests(program.inputs, program.consts, eqns)
 
 
 def where(eqn: Any) -> str:
     """The module and the source line that an equation comes from."""
     module = str(eqn.source_info.name_stack)
-    frames = getattr(eqn.source_info.traceback, "frames", [])
-    skipped = ("/jax/", "/jaxlib/", "/flax/", "/jtl/boundary/", "/jtl/modes.py", "/jtl/step.py", "/contextlib.py")
-    line = ""
-    for frame in frames:
-        if not any(part in frame.file_name.replace("\\", "/") for part in skipped):
-            number = getattr(frame, "start_line", None) or getattr(frame, "line_num", 0)
-            line = f"{frame.file_name}:{number} ({frame.function_name})"
-            break
-    return ", ".join(
-        part for part in (f"{eqn.primitive.name} in {module}" if module else eqn.primitive.name, line) if part
+    name = f"{eqn.primitive.name} in {module}" if module else eqn.primitive.name
+    return ", ".join(part for part in (name, _line(eqn.source_info.traceback)) if part)
+
+
+def _line(traceback: Any) -> str:
+    """The innermost line of a user's own file, or else of a library other than those that trace."""
+    tracing = (
+        "/jax/",
+        "/jaxlib/",
+        "/flax/",
+        "/jaxtyping/",
+        "/jtl/boundary/",
+        "/jtl/modes.py",
+        "/jtl/step.py",
+        "/contextlib.py",
     )
+    for skipped in ((*tracing, "/site-packages/"), tracing):
+        for frame in getattr(traceback, "frames", []):
+            if not any(part in frame.file_name.replace("\\", "/") for part in skipped):
+                number = getattr(frame, "start_line", None) or getattr(frame, "line_num", 0)
+                return f"{frame.file_name}:{number} ({frame.function_name})"
+    return ""
 
 
 def refuse(reason: str, eqn: Any) -> SplitError:
