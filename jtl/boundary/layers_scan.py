@@ -1,5 +1,6 @@
 """A scan over layers, some frozen and some trained, as two scans: then the cut can lie between them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ class _Piece(NamedTuple):
     """A stretch of a scanned operand: `stop - start` layers of a value, and what is done to them."""
 
     value: Any
-    then: tuple[Any, ...]
+    then: tuple[Callable[[Any], Any], ...]
     start: int
     stop: int
 
@@ -64,7 +65,10 @@ def _pieces(atom: Any, length: int, producers: Mapping[Any, Any]) -> list[_Piece
     eqn = None if isinstance(atom, jex.Literal) else producers.get(atom)
     if eqn is not None and eqn.primitive.name in _THROUGH:
         inner = _pieces(eqn.invars[0], length, producers)
-        return [piece._replace(then=(*piece.then, eqn)) for piece in inner]
+        again = functools.partial(_applied, eqn)
+        return [piece._replace(then=(*piece.then, again)) for piece in inner]
+    if eqn is not None and eqn.primitive.name == "stack" and eqn.params["axis"] == 0:
+        return [_Piece(one, (_alone,), k, k + 1) for k, one in enumerate(eqn.invars)]
     if eqn is None or eqn.primitive.name != "concatenate" or eqn.params["dimension"] != 0:
         return [_Piece(atom, (), 0, length)]
     found: list[_Piece] = []
@@ -73,6 +77,14 @@ def _pieces(atom: Any, length: int, producers: Mapping[Any, Any]) -> list[_Piece
         inner = _pieces(part, part.aval.shape[0], producers)
         found += [piece._replace(start=piece.start + start, stop=piece.stop + start) for piece in inner]
     return found
+
+
+def _applied(eqn: Any, value: Any) -> Any:
+    return eqn.primitive.bind(value, **eqn.params)
+
+
+def _alone(value: Any) -> Any:
+    return lax.expand_dims(value, (0,))
 
 
 def _rewritten(eqn: Any, pieces: Sequence[Sequence[_Piece]], at: int) -> tuple[Any, list[Any]]:
@@ -106,8 +118,8 @@ def _stretch(operand: Sequence[_Piece], values: Mapping[Any, Any], start: int, s
             value = values[piece.value]
             if high - low < piece.stop - piece.start:
                 value = lax.slice_in_dim(value, low - piece.start, high - piece.start)
-            for eqn in piece.then:
-                value = eqn.primitive.bind(value, **eqn.params)
+            for function in piece.then:
+                value = function(value)
             found.append(value)
     return found[0] if len(found) == 1 else lax.concatenate(found, 0)
 

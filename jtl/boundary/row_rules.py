@@ -14,16 +14,21 @@ from jtl.boundary.states import Const, Known, Mixed, Row, State, join, moved, op
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
-    integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
-    optimization_barrier polygamma population_count pow real reduce_precision rem round rsqrt select_n
+    igamma igamma_grad_a igammac
+    integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul mulhi name ne neg
+    nextafter not one_minus_square or
+    optimization_barrier polygamma population_count pow real reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n
     shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    sharding_constraint xor""".split()
+    sharding_constraint xor zeta""".split()
 )
 REDUCTIONS = frozenset(
     """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor""".split()
 )
 CUMULATIVE = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())
-LAYOUT = frozenset("broadcast_in_dim concatenate iota pad reshape rev slice split squeeze transpose".split())
+LAYOUT = frozenset(
+    "broadcast_in_dim concatenate iota pad reshape rev slice split squeeze stack tile transpose unstack".split()
+)
 
 
 def _elementwise(eqn: Any, states: list[State], _: Known) -> State | list[State]:
@@ -92,7 +97,7 @@ def _reduce(eqn: Any, states: list[State], _: Known) -> State:
     axes = eqn.params["axes"]
     if isinstance(states[0], Row) and states[0].axis in axes:
         return Mixed(f"{eqn.primitive.name} over the batch axis")
-    return moved(states[0], without(eqn.invars[0].aval.ndim, axes))
+    return moved(states[0], without(eqn.invars[0].aval.ndim, [int(axis) for axis in axes]))
 
 
 def _along(parameter: str) -> Callable[..., State | list[State]]:
@@ -126,6 +131,51 @@ def _slice(eqn: Any, states: list[State], _: Known) -> State:
         if (eqn.params["start_indices"][axis], eqn.params["limit_indices"][axis], strides[axis]) != (0, size, 1):
             return Mixed("a slice of the batch axis")
     return state
+
+
+def _stack(eqn: Any, states: list[State], _: Known) -> State:
+    axis, ndim = eqn.params["axis"], eqn.invars[0].aval.ndim
+    state = join([(state, atom.aval.shape) for state, atom in zip(states, eqn.invars, strict=True)])
+    return moved(state, {old: old + (old >= axis) for old in range(ndim)})
+
+
+def _unstack(eqn: Any, states: list[State], _: Known) -> State:
+    return moved(states[0], without(eqn.invars[0].aval.ndim, [eqn.params["axis"]]))
+
+
+def _tile(eqn: Any, states: list[State], _: Known) -> State:
+    state, reps = states[0], eqn.params["reps"]
+    if isinstance(state, Row) and (len(reps) != eqn.invars[0].aval.ndim or reps[state.axis] != 1):
+        return Mixed("examples are repeated over the batch axis")
+    return state if len(reps) == eqn.invars[0].aval.ndim else opaque(eqn.outvars[0].aval)
+
+
+def _update(eqn: Any, states: list[State], _: Known) -> State:
+    """`dynamic_update_slice`: a part of each example is overwritten, at one place for all."""
+    operand, update = (atom.aval.shape for atom in eqn.invars[:2])
+    state = join([(states[0], operand), (states[1], update)])
+    if any(not isinstance(index, Const) for index in states[2:]):
+        return Mixed("an update at a place that an example names")
+    if isinstance(state, Row) and operand[state.axis] != update[state.axis]:
+        return Mixed("an update of a part of the batch")
+    return state if isinstance(state, Row | Mixed) else opaque(eqn.outvars[0].aval)
+
+
+def _scatter(eqn: Any, states: list[State], _: Known) -> State:
+    """The same by scattering, as in `x.at[:, 0].set(y)`."""
+    numbers, (operand, _, update) = eqn.params["dimension_numbers"], (atom.aval.shape for atom in eqn.invars)
+    if all(isinstance(state, Const) for state in states):
+        return opaque(eqn.outvars[0].aval)
+    if not isinstance(states[1], Const):
+        return Mixed("an update at a place that an example names")
+    hidden = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    window = [axis for axis in range(len(operand)) if axis not in hidden]
+    to = dict(zip(window, numbers.update_window_dims, strict=True))
+    back = {theirs: mine for mine, theirs in to.items()}
+    state = join([(states[0], operand), (moved(states[2], back), operand)])
+    if isinstance(state, Row) and state.axis in to and state.axis not in numbers.scatter_dims_to_operand_dims:
+        return state if operand[state.axis] == update[to[state.axis]] else Mixed("an update of a part of the batch")
+    return state if isinstance(state, Mixed) else Mixed("an update of examples at places of the batch")
 
 
 def _dynamic_slice(eqn: Any, states: list[State], _: Known) -> State:
@@ -264,7 +314,9 @@ RULES: dict[str, Callable[..., State | list[State]]] = {
     "concatenate": _along("dimension"),
     "conv_general_dilated": _conv,
     "dot_general": _dot_general,
+    **dict.fromkeys(("scatter", "scatter-add", "scatter-mul", "scatter-max", "scatter-min", "scatter-sub"), _scatter),
     "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _update,
     "gather": _gather,
     "iota": _iota,
     "pad": _pad,
@@ -274,5 +326,9 @@ RULES: dict[str, Callable[..., State | list[State]]] = {
     "sort": _along("dimension"),
     "split": _along("axis"),
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
+    "top_k": _along("axis"),
     "transpose": _transpose,
+    "unstack": _unstack,
 }

@@ -21,10 +21,10 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "cus
 
 SIZED = Mixed("the size of the batch is part of the value")
 
-_VISIBLE = frozenset("shape new_sizes limit_indices slice_sizes sizes sharding out_sharding".split())
+_VISIBLE = frozenset("shape new_sizes limit_indices reps slice_sizes sizes sharding out_sharding".split())
 """Parameters that differ with the batch size and show in the shape of the result."""
 _KEEPS = ELEMENTWISE | frozenset(
-    "broadcast_in_dim reshape squeeze transpose slice concatenate rev split pad expand_dims".split()
+    "broadcast_in_dim reshape squeeze transpose slice concatenate rev split pad stack unstack tile".split()
 )
 """Primitives of which no result depends on the extent of an axis."""
 
