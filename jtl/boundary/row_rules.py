@@ -97,7 +97,7 @@ def _reduce(eqn: Any, states: list[State], _: Known) -> State:
     axes = eqn.params["axes"]
     if isinstance(states[0], Row) and states[0].axis in axes:
         return Mixed(f"{eqn.primitive.name} over the batch axis")
-    return moved(states[0], without(eqn.invars[0].aval.ndim, [int(axis) for axis in axes]))
+    return moved(states[0], without(eqn.invars[0].aval.ndim, axes))
 
 
 def _along(parameter: str) -> Callable[..., State | list[State]]:

@@ -63,7 +63,7 @@ class Prefix:
             return {name: value[:1] for name, value in twice.items()}
         plan = self.boundary.plan(batch)
         values = _lookup(frozen, collections)
-        values |= {("batch", path): leaf for path, leaf in tracing.leaves(batch).items()}
+        values |= {("batch", path): jnp.asarray(leaf) for path, leaf in tracing.leaves(batch).items()}
         inputs = [var for var, given in plan.program.inputs.items() if (given.kind, given.path) in values]
         compute = tracing.function(plan.program, inputs, plan.cut.prefix, list(plan.cut.stored))
         results = compute(*(values[plan.program.inputs[var][:2]] for var in inputs))
@@ -176,7 +176,8 @@ def _cast(value: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _restored(value: jax.Array, var: Any, row: Row | None) -> jax.Array:
-    value = value.astype(var.aval.dtype)
+    if value.dtype != var.aval.dtype:
+        value = value.astype(var.aval.dtype)
     return value if row is None else jnp.moveaxis(value, 0, row.axis + (row.outer > 1)).reshape(var.aval.shape)
 
 

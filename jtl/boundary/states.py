@@ -71,16 +71,16 @@ def join(states: Sequence[tuple[State, tuple[int, ...]]]) -> State:
     return row
 
 
-def moved(state: State, where: Mapping[int, int]) -> State:
-    """The state after axes moved; one that is absent from `where` is gone."""
+def moved(state: State, where: Mapping[Any, Any]) -> State:
+    """The state after axes moved; one that is absent from `where` is gone. JAX gives axes as any integers."""
     if isinstance(state, Row):
         if state.axis in where:
-            return state._replace(axis=where[state.axis])
+            return state._replace(axis=int(where[state.axis]))
         return Mixed("the batch axis is consumed")
-    return Const(frozenset(where[a] for a in state.uniform if a in where)) if isinstance(state, Const) else state
+    return Const(frozenset(int(where[a]) for a in state.uniform if a in where)) if isinstance(state, Const) else state
 
 
-def without(ndim: int, gone: Sequence[int]) -> dict[int, int]:
+def without(ndim: int, gone: Sequence[Any]) -> dict[int, int]:
     """Where the axes go when some are taken out.
 
     >>> without(3, [1])

@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -325,3 +326,30 @@ def test_entries_of_no_size_integers_and_bools():
 
     batch = {**vectors(), "keep": jnp.arange(6) % 2 == 0, "none": jnp.zeros((6, 0)), "count": jnp.arange(6.0)}
     assert_exact(loss(forward), {"params": DENSE}, ("head",), batch)
+
+
+def test_a_random_key_of_its_own_for_each_example():
+    def forward(params, batch, key):
+        noise = jax.vmap(lambda k: jax.random.normal(k, (5,)))(batch["keys"])
+        return (dense(params, batch["x"]) + noise) @ params["head"]
+
+    batch = {**vectors(), "keys": jax.random.split(jax.random.key(1, impl="unsafe_rbg"), 6)}
+    assert assert_exact(loss(forward), {"params": DENSE}, ("head",), batch).report.passed == ("keys", "label")
+
+
+def test_entries_in_numpy_of_other_dtypes():
+    batch = {"x": np.ones((6, 4)), "label": np.arange(6) % 3}
+    state, frozen = ready({"params": DENSE}, ("head",))
+    loss_fn = loss(lambda p, b, _: dense(p, jnp.asarray(b["x"], jnp.float32)) @ p["head"])
+    cut = jtl.split(loss_fn, state, frozen, batch)
+    value, _ = cut.suffix({**DENSE}, {}, cut.prefix(frozen, {}, batch), key=None)
+    assert_near(value, loss_fn(DENSE, {}, jax.tree.map(jnp.asarray, batch), key=None)[0])
+
+
+def test_a_split_made_while_a_step_is_traced():
+    state, frozen = ready({"params": DENSE}, ("head",))
+    loss_fn = loss(lambda p, b, _: dense(p, b["x"])[jnp.arange(b["x"].shape[0]), b["label"], None] * p["head"][:1])
+    batch, other = vectors(6), vectors(5)
+    cut = jtl.split(loss_fn, state, frozen, batch)
+    value, _ = jax.jit(lambda b: cut.suffix(DENSE, {}, cut.prefix(frozen, {}, b), key=None))(other)
+    assert_near(value, loss_fn(DENSE, {}, other, key=None)[0])
