@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jtl.boundary import Split, split
-from jtl.cache.build import Cache, build
+from jtl.cache.builder import Cache, build
 from jtl.cache.follow import estimate, follow
 from jtl.data import Batches
 from jtl.errors import CacheError, ConfigError, SplitError

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jtl.boundary import Prefix
-from jtl.cache.build import Cache, extraction, read
+from jtl.cache.builder import Cache, extraction, read
 from jtl.cache.store import Signature, Store
 from jtl.data import Batches, plans
 from jtl.errors import ConfigError

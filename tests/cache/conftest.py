@@ -1,0 +1,8 @@
+import pytest
+
+from .cases import Case
+
+
+@pytest.fixture
+def case():
+    return Case()
