@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jtl import metrics as jmetrics
 from jtl import parallel
 from jtl.cache import Mode, prepare
+from jtl.data import Batches
 from jtl.errors import DataError
 from jtl.state import Frozen, TrainState
 from jtl.step import EvalStep, LossFn, checker, eval_step, train_step
@@ -84,6 +85,8 @@ def fit(
         batch is checked before anything is compiled.
       CacheError, ConfigError, SplitError: `cache` is "require", and there can be none.
     """
+    if mesh is not None and isinstance(batches, Batches):
+        parallel.shard_batch(next(iter(batches)), mesh)  # a size that does not fit is refused before any work
     prepared = prepare(loss_fn, state, frozen, batches, mode=cache, directory=cache_directory, limit=cache_limit)
     if prepared.why:
         say(prepared.why) if say else print(prepared.why, file=sys.stderr)
@@ -94,7 +97,7 @@ def fit(
     check = checker(loss_fn, state, frozen)
     done, current = int(state.step), None
     for batch, is_last in _with_last(prepared.batches):
-        if prepared.cut is None:  # the rows of a cache were checked when it was built
+        if prepared.cache is None:  # the rows of a cache were checked when it was built
             check(batch)
         state, metrics = step(state, frozen, batch if mesh is None else parallel.shard_batch(batch, mesh))
         done += 1
