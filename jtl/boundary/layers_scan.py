@@ -8,6 +8,8 @@ import jax
 from jax import lax
 from jax.extend import core as jex
 
+from jtl.boundary.dead import scan_counts
+
 _THROUGH = frozenset(("convert_element_type", "copy", "neg", "name", "reduce_precision"))
 """Elementwise primitives of one operand, through which a concatenation is still seen."""
 
@@ -38,7 +40,7 @@ def take_apart(
     Returns:
       A jaxpr and its arguments, with the scan's results; None if the scan stays whole.
     """
-    first = eqn.params["num_consts"] + eqn.params["num_carry"]
+    first = sum(scan_counts(eqn))
     before, scanned = eqn.invars[:first], eqn.invars[first:]
     if not any(marks(atom).trained for atom in scanned) or any(marks(atom).trained for atom in before):
         return None
@@ -88,7 +90,7 @@ def _alone(value: Any) -> Any:
 
 
 def _rewritten(eqn: Any, pieces: Sequence[Sequence[_Piece]], at: int) -> tuple[Any, list[Any]]:
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_counts(eqn)
     length, backwards = eqn.params["length"], eqn.params["reverse"]
     before = eqn.invars[: consts + carries]
     halves = [(at, length), (0, at)] if backwards else [(0, at), (at, length)]

@@ -112,17 +112,22 @@ class Boundary:
     def _chosen(self, batch: Batch, program: Program, found: Rows) -> Cut:
         """The cheapest cut from which both training and evaluation can go on."""
         cut = choose(program, found)
-        try:
-            evaluated, known = self._evaluated(batch)
-        except SplitError:
-            return cut  # evaluation says so itself, if it is ever asked for
         names = tracing.digests(program, _untrained(program))
         kept = {names[var] for var in (*cut.stored, *cut.passed)}
         try:
+            evaluated, known = self._evaluated(batch)
+            if self._suffices(evaluated, known, kept):
+                return cut
+            return self._for_both(program, found, names, evaluated, known)
+        except SplitError:
+            return cut  # evaluation says so itself, if it is ever asked for
+
+    def _suffices(self, evaluated: tuple[Program, Rows], known: dict[Any, str], kept: set[str]) -> bool:
+        try:
             choose(*evaluated, allowed=lambda var: known[var] in kept)
         except SplitError:
-            return self._for_both(program, found, names, evaluated, known)
-        return cut
+            return False
+        return True
 
     def _for_both(
         self,

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from jtl.boundary import text
+from jtl.boundary.dead import scan_counts
 from jtl.boundary.row_rules import ELEMENTWISE, REDUCTIONS, RULES
 from jtl.boundary.states import Const, Known, Mixed, Row, State, join, moved, opaque
 
@@ -172,7 +173,7 @@ def _fixed_point(body: Callable[[list[State]], list[State]], carry: list[State],
 
 
 def _scan(once: Any, twice: Any, states: list[State]) -> list[State]:
-    consts, carries = twice.params["num_consts"], twice.params["num_carry"]
+    consts, carries = scan_counts(twice)
     fixed, carry, scanned = states[:consts], states[consts : consts + carries], states[consts + carries :]
     if any(isinstance(state, Row) and state.axis == 0 for state in scanned):
         return [Mixed("a loop over the batch axis")] * len(twice.outvars)

@@ -10,7 +10,7 @@ import jtl
 
 from .cases import assert_exact, leaf
 
-few = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 class Attention(nn.Module):

@@ -190,8 +190,8 @@ def test_flops_of_convolutions():
 
 def test_the_speed_up_of_many_epochs_is_that_of_the_suffix_alone():
     report = SplitReport((), (), prefix_flops=30.0, suffix_flops=10.0, boundary="head")
-    assert report.speedup(1) == pytest.approx(1.0)
-    assert report.speedup(2) == pytest.approx(80 / 50)
+    assert report.speedup(1.0) == pytest.approx(1.0)
+    assert report.speedup(2.0) == pytest.approx(80 / 50)
     assert report.speedup(1e9) == pytest.approx(4.0)
 
 
