@@ -77,7 +77,7 @@ def bytes_of(loss_fn: Any, variables: Any, mask: Any, batch: Any) -> dict[str, i
     start = functools.partial(jtl.init, tx=optax.sgd(0.1), trainable=mask, key=jax.random.key(1))
     state, frozen = jax.eval_shape(start, variables)
     cut = jtl.split(loss_fn, state, frozen, batch)
-    program, doubled = cut.prefix.boundary._traced(jax.tree.map(shape_of, batch), training=True)
+    program, doubled = cut.prefix.boundary.traced(jax.tree.map(shape_of, batch), training=True)
     found = rows(program, doubled)
     behind = {var: eqn for eqn in program.eqns for var in eqn.outvars}
 

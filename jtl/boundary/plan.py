@@ -84,7 +84,7 @@ class Boundary:
         if alike not in self._first and batch_size(batch) == 1:
             self._plan(resized(batch, 2), training=True)  # one example cannot tell what the batch axis is
         first = self._first.get(alike)
-        program, doubled = self._traced(batch, training=True)
+        program, doubled = self.traced(batch, training=True)
         found = rows(program, doubled)
         cut = self._chosen(batch, program, found) if first is None else _taken_over(first, program, found)
         plan = _named(program, cut, _names(program, cut))
@@ -93,7 +93,8 @@ class Boundary:
             self._register(plan, batch)
         return plan
 
-    def _traced(self, batch: Batch, *, training: bool) -> tuple[Program, Program]:
+    def traced(self, batch: Batch, *, training: bool) -> tuple[Program, Program]:
+        """The loss at the size of a batch and at twice that size, equal equations merged."""
         size = batch_size(batch)
         shapes = [self.shapes._replace(batch=resized(batch, times * size)) for times in (1, 2)]
         once = tracing.trace(self.loss_fn, shapes[0], training=training, frozen_dropout=self.frozen_dropout)
@@ -144,7 +145,7 @@ class Boundary:
         return choose(program, found, also=[var for var in found.axis if names[var] in needed])
 
     def _evaluated(self, batch: Batch) -> tuple[tuple[Program, Rows], dict[Any, str]]:
-        program, doubled = self._traced(batch, training=False)
+        program, doubled = self.traced(batch, training=False)
         return (program, rows(program, doubled)), tracing.digests(program, _untrained(program))
 
     def _evaluating(self, batch: Batch) -> Plan:
