@@ -118,12 +118,14 @@ def compare(examples: int, epochs: int, timed: int, rounds: int) -> list[dict[st
             "uncached": (jtl_run(loss_fn, tx, variables, trained, short, "off"), timed),
             "cached": (jtl_run(loss_fn, tx, variables, trained, long, "require"), epochs),
         }
+        warm = [arms["uncached"][0], jtl_run(loss_fn, tx, variables, trained, short, "require")]
         try:
             arms["torch"] = (torch_run(trained, short), timed)
+            warm.append(arms["torch"][0])
         except ImportError:
             print("no PyTorch here: its column stays empty")
-        for run, _ in arms.values():
-            run()  # compile, and warm up
+        for run in warm:  # compile all shapes
+            run()
         rates: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(rounds):
             for arm, (run, count) in arms.items():

@@ -1,6 +1,7 @@
 """From a model and a loss of single examples to a loss function of batches."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,18 +83,12 @@ class Supervised:
           `check(batch)`, which raises `DataError` for a missing entry, unequal lengths, or
           targets out of range.
         """
-        shapes: dict[Any, tuple[int, ...] | None] = {}
-
-        def infer(params: Params, collections: Collections, batch: Batch) -> Any:
-            # A model may have training written into it; then only the modes make it infer.
-            with follow(Modes(params, jax.tree.map(lambda _: False, params))):
-                return self.apply(params, collections, batch, key=None)[0]
+        leaves, structure = jax.tree.flatten((params, collections))
+        described = tuple((np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves)
 
         def shape_of(batch: Batch) -> tuple[int, ...] | None:
-            signature = tuple(sorted((name, np.shape(value)) for name, value in batch.items()))
-            if signature not in shapes:
-                shapes[signature] = getattr(jax.eval_shape(infer, params, collections, batch), "shape", None)
-            return shapes[signature]
+            entries = tuple((name, np.shape(value), np.asarray(value).dtype) for name, value in sorted(batch.items()))
+            return _output_shape(self, structure, described, entries)
 
         def check(batch: Batch) -> None:
             self._require(batch)
@@ -125,6 +120,22 @@ class Supervised:
         known = inspect.signature(self.model.__call__).parameters
         chosen = {name: value if training else not value for name, value in _TRAINING.items() if name in known}
         return {**chosen, **self.call}
+
+
+@functools.lru_cache(maxsize=256)
+def _output_shape(
+    loss: Supervised, structure: Any, leaves: tuple[Any, ...], entries: tuple[Any, ...]
+) -> tuple[int, ...] | None:
+    """The shape of a model's outputs, None if they are not one array; one trace for each shape of batch."""
+    params, collections = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    batch = {name: jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype)) for name, shape, dtype in entries}
+
+    def infer(params: Params, collections: Collections, batch: Batch) -> Any:
+        # A model may have training written into it; then only the modes make it infer.
+        with follow(Modes(params, jax.tree.map(lambda _: False, params))):
+            return loss.apply(params, collections, batch, key=None)[0]
+
+    return getattr(jax.eval_shape(infer, params, collections, batch), "shape", None)
 
 
 def supervised(

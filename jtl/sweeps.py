@@ -156,7 +156,8 @@ class _Watch:
         self.active = self.active & (self._waited < self.stopping.patience)
 
     def _updated(self, before: dict[str, np.ndarray], after: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return {name: np.where(self.active, np.asarray(v), before.get(name, v)) for name, v in after.items()}
+        new = {name: np.asarray(value) for name, value in after.items()}
+        return {name: np.where(self.active, value, before.get(name, value)) for name, value in new.items()}
 
 
 def _check(
