@@ -35,11 +35,12 @@ class Augment(Protocol):
 
 
 class Source(NamedTuple):
-    """A data set to be cached: batches by number, and the ids of their real rows."""
+    """A data set to be cached: batches by number with the ids of their real rows, and one batch of each shape."""
 
     rows: int
     batches: int
     read: Callable[[int, int], Iterator[tuple[np.ndarray, Batch]]]
+    shapes: Callable[[], Iterable[Batch]]
     digest: str
 
 
@@ -308,7 +309,7 @@ def _source(batches: Batches | Iterable[Batch]) -> Source:
                 kept = _real(batch)
                 yield first[number] + np.arange(len(kept)), _front(batch, kept)
 
-    return Source(int(first[-1]), len(counts), at, keys.of_content(batches))
+    return Source(int(first[-1]), len(counts), at, lambda: batches, keys.of_content(batches))
 
 
 def _real(batch: Batch) -> np.ndarray:
@@ -332,7 +333,10 @@ def _source_of_run(run: Batches) -> Source:
         for plan, batch in zip(planned[start:stop], run.planned(planned[start:stop]), strict=True):
             yield plan.rows, batch
 
-    return Source(len(run.layout.bucket_of_row), len(planned), at, keys.of_batches(run))
+    def shapes() -> Iterator[Batch]:  # not all batches: a transform may have to decode pictures
+        return run.planned(list({plan.length: plan for plan in planned}.values()))
+
+    return Source(len(run.layout.bucket_of_row), len(planned), at, shapes, keys.of_batches(run))
 
 
 def extraction(run: Batches) -> Sequence[plans.Batch]:
@@ -357,7 +361,7 @@ def _key(
 ) -> tuple[str, dict[str, Any]]:
     """The key, and its parts for a reader."""
     shapes, reads = {}, {}
-    for _, batch in source.read(0, source.batches):
+    for batch in source.shapes():
         if _shapes(batch) not in shapes:
             shapes[_shapes(batch)] = prefix.digest(batch)
             reads |= dict.fromkeys(prefix.reads(batch))

@@ -41,26 +41,49 @@ def of_content(batches: Iterable[Batch]) -> str:
     return digest.hexdigest()
 
 
-def of_function(function: Callable[..., Any] | None) -> str:
-    """Of a function: its name, code, defaults, and the values that it closes over or is bound to."""
+def of_function(function: Callable[..., Any] | None, *, inside: tuple[int, ...] = ()) -> str:
+    """Of a function: its name, code, defaults, and the values that it closes over or is bound to.
+
+    Args:
+      function: any callable; None has a digest, too.
+      inside: the ids of the functions that this one was found in; one that leads back to itself is named only.
+    """
     if function is None:
         return ""
+    name = [getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)]
+    if id(function) in inside:
+        return _hash(name)
+
+    def of(value: Any) -> str:
+        return _of_value(value, (*inside, id(function)))
+
     if isinstance(function, functools.partial):
-        parts = [of_function(function.func), *map(_of_value, function.args)]
-        return _hash(parts + [f"{name}={_of_value(value)}" for name, value in sorted(function.keywords.items())])
-    owner = getattr(function, "__self__", None)
-    code = getattr(function, "__code__", None)
-    parts = [getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)]
+        parts = [of(function.func), *map(of, function.args)]
+        return _hash(parts + [f"{key}={of(value)}" for key, value in sorted(function.keywords.items())])
+    code, owner = getattr(function, "__code__", None), getattr(function, "__self__", None)
     if owner is not None:
-        parts.append(_of_value(vars(owner) if hasattr(owner, "__dict__") else owner))
-    if code is None:
-        # A callable object: its class and its fields are what it does.
-        return _hash([*parts, _of_value(vars(function) if hasattr(function, "__dict__") else function)])
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    used = [function.__globals__[name] for name in code.co_names if name in getattr(function, "__globals__", {})]
-    constants = [value for value in used if isinstance(value, int | float | str | tuple | np.ndarray)]
+        name.append(of(_fields(owner)))
+    if code is None:  # a callable object: its class and its fields are what it does
+        call = vars(type(function)).get("__call__")
+        return _hash([*name, of(_fields(function)), of(call) if hasattr(call, "__code__") else ""])
+    world = getattr(function, "__globals__", {})
+    used = [world[key] for key in code.co_names if isinstance(world.get(key), int | float | str | tuple | np.ndarray)]
     defaults = [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
-    return _hash([*parts, _of_code(code), *map(_of_value, [*defaults, *cells, *constants])])
+    return _hash([*name, _of_code(code), *map(of, [*defaults, *_cells(function), *used])])
+
+
+def _fields(value: Any) -> Any:
+    return vars(value) if hasattr(value, "__dict__") else repr(value)
+
+
+def _cells(function: Any) -> list[Any]:
+    found = []
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # a name that is bound later
+            found.append("")
+    return found
 
 
 def _of_code(code: Any) -> str:
@@ -68,13 +91,16 @@ def _of_code(code: Any) -> str:
     return _hash([code.co_code.hex(), *constants, *code.co_names])
 
 
-def _of_value(value: PyTree) -> str:
+def _of_value(value: PyTree, inside: tuple[int, ...]) -> str:
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
     if callable(value):
-        return of_function(value)
+        return of_function(value, inside=inside)
     if isinstance(value, Mapping):
-        return _hash([f"{key}={_of_value(item)}" for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))])
+        items = sorted(value.items(), key=lambda pair: str(pair[0]))
+        return _hash([f"{key}={_of_value(item, inside)}" for key, item in items])
     if isinstance(value, tuple | list):
-        return _hash(list(map(_of_value, value)))
+        return _hash([_of_value(item, inside) for item in value])
     return jtree.digest(value) if hasattr(value, "dtype") and hasattr(value, "shape") else repr(value)
 
 
