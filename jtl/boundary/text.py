@@ -37,8 +37,10 @@ def plain(value: Any) -> str:
 
 
 def _counts(name: Any, value: Any) -> str:
-    # A scan's operands, from jax 0.12 on: how many of each kind, whatever was taken out of them.
-    return plain([len(list(part)) for part in value.unpack()] if name == "ft_in" else value)
+    # A scan's operands and results, from jax 0.12 on: how many of each kind, whatever was taken out of them.
+    if name == "ft_in":
+        return plain([len(list(part)) for part in value.unpack()])
+    return "" if name == "ft_out" else plain(value)  # the carries are counted, and the results follow
 
 
 def _jaxpr(value: Any) -> str:
