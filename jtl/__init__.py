@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jtl import augment as augment
     from jtl import boundary as boundary
     from jtl import cache as cache
     from jtl import data as data
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = (
+    "augment",
     "boundary",
     "cache",
     "data",

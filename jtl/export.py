@@ -7,15 +7,17 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from jtl import heads
 from jtl import tree as jtree
 from jtl.errors import ConfigError
 from jtl.models import registry
-from jtl.pretrained import OWN
+from jtl.models.recognise import OWN
 from jtl.typing import PyTree
-from jtl.weights import safetensors
+from jtl.weights import convert, safetensors
 
 
 def save(
@@ -23,42 +25,85 @@ def save(
     model: Any,
     variables: Mapping[str, PyTree],
     *,
+    format: Literal["jtl", "transformers"] = "jtl",
     classes: Sequence[str] = (),
     tokenizer: Any = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model of jtl's families to a new folder, whole or not at all.
 
-        folder/jtl.json            family, configuration, head, classes
-        folder/model.safetensors   one tensor for each leaf, named by its path
+        folder/jtl.json            family, configuration, head, classes        (format "jtl")
+        folder/config.json         the configuration as transformers has it    (format "transformers")
+        folder/model.safetensors   one tensor for each leaf, named by its path, or as transformers names it
         folder/tokenizer.json ...  where a tokenizer is given
+
+    `jtl.load` takes both; transformers loads the second without a missing or an unexpected tensor.
 
     Args:
       folder: must not exist, or be empty.
-      model: as `jtl.load` gives it, with no head or one of `jtl.heads`.
+      model: as `jtl.load` gives it, with no head or one of jtl's.
       variables: the whole tree, as `jtl.variables(state, frozen)` puts it together.
+      format: "jtl" or "transformers".
       classes: names of the head's outputs.
       tokenizer: a tokenizer of Hugging Face to keep beside it.
-      notes: anything else to keep in `jtl.json`, JSON values.
+      notes: anything else to keep in `jtl.json`, JSON values; not kept in the format of transformers.
 
     Raises:
-      ConfigError: the folder is not empty, or the model is not one that `jtl.load` could build.
+      ConfigError: the folder is not empty, or the model is not one that `jtl.load` could build, or not one that
+        transformers has.
     """
+    if format not in ("jtl", "transformers"):
+        raise ConfigError(f"format={format!r}: expected jtl or transformers")
     folder = Path(folder)
     check_new(folder)
-    settings = {**describe(model), "classes": list(classes), "notes": dict(notes or {})}
-    tensors = dict(jtree.leaves_with_paths(dict(variables)))
+    if format == "jtl":
+        name, settings = OWN, {**describe(model), "classes": list(classes), "notes": dict(notes or {})}
+        tensors = dict(jtree.leaves_with_paths(dict(variables)))
+    else:
+        name, (settings, tensors) = "config.json", _as_transformers(model, variables, classes)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        safetensors.write_tensors(unfinished / safetensors.SINGLE, tensors)
+        safetensors.write_tensors(unfinished / safetensors.SINGLE, tensors, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        (unfinished / OWN).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (unfinished / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         unfinished.chmod(0o755)
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _as_transformers(
+    model: Any, variables: Mapping[str, PyTree], classes: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A model's settings and tensors as transformers has them."""
+    family, config = registry.of_model(model), model.config
+    describe(model)  # a head of one's own has no place there
+    if family.settings is None:
+        raise ConfigError(f"transformers has no model of the family {family.name}: use format='jtl'")
+    outputs = None if model.head is None else model.head.outputs
+    settings = family.settings(config, outputs)
+    if outputs is not None:
+        names = list(classes) or [f"LABEL_{k}" for k in range(outputs)]
+        if len(names) != outputs:
+            raise ConfigError(f"{len(names)} names of classes for a head of {outputs} outputs")
+        settings["id2label"] = {str(k): name for k, name in enumerate(names)}
+        settings["label2id"] = {name: k for k, name in enumerate(names)}
+    if family.modality == "image":
+        settings["input"] = dataclasses.asdict(config.input)
+    layout, backbone = family.layouts[0], f"{settings['model_type']}."
+    keys, tensors = layout.keys(config), {}
+    for path, leaf in jtree.leaves_with_paths(dict(variables)):
+        path = path.partition("/")[2]
+        source, axes = convert.locate(path, keys)
+        if not path.startswith("head/"):
+            source = source.removeprefix(backbone)
+            source = source if outputs is None else backbone + source
+        tensors[source] = axes.write(np.asarray(leaf))
+        if path.endswith("/mean"):  # PyTorch counts batches beside the statistics, and reads the count nowhere
+            tensors[source.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
+    return settings, tensors
 
 
 def check_new(folder: Path) -> None:
@@ -78,7 +123,8 @@ def describe(model: Any) -> dict[str, Any]:
       ConfigError: the model is of no family, or its head is not one of `jtl.heads`.
     """
     family = registry.of_model(model)
-    if model.head is not None and type(model.head) is not heads.Linear:  # a subclass is another module
+    known = (heads.Linear, type(family.head(model.config, 1)))
+    if model.head is not None and type(model.head) not in known:  # a subclass is another module
         raise ConfigError(
             f"save knows the heads of jtl.heads, not {type(model.head).__name__}: keep the module's code yourself, "
             "and its variables with jtl.weights.safetensors.write_tensors"

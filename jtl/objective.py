@@ -87,7 +87,7 @@ class Supervised:
         described = tuple((np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves)
 
         def shape_of(batch: Batch) -> tuple[int, ...] | None:
-            entries = tuple((name, np.shape(value), np.asarray(value).dtype) for name, value in sorted(batch.items()))
+            entries = tuple((name, np.shape(value), _dtype(value)) for name, value in sorted(batch.items()))
             return _output_shape(self, structure, described, entries)
 
         def check(batch: Batch) -> None:
@@ -120,6 +120,10 @@ class Supervised:
         known = inspect.signature(self.model.__call__).parameters
         chosen = {name: value if training else not value for name, value in _TRAINING.items() if name in known}
         return {**chosen, **self.call}
+
+
+def _dtype(value: Any) -> Any:
+    return value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype  # not copied from a device for it
 
 
 @functools.lru_cache(maxsize=256)

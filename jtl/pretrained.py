@@ -1,5 +1,6 @@
 """`load`: a pretrained model as a pure function and a pytree of parameters."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jtl import heads
 from jtl import tree as jtree
-from jtl.errors import ConfigError, SourceNotFoundError
+from jtl.errors import ConfigError
 from jtl.models import registry
-from jtl.models.family import Family, read_json
-from jtl.typing import Key, Params, PyTree
-from jtl.weights import convert, safetensors
-from jtl.weights.assets import ASSETS
+from jtl.models.family import Family, KeyLayout
+from jtl.models.recognise import Checkpoint, head_sources, opened, with_overrides
+from jtl.typing import Key, PyTree
+from jtl.weights import convert
+from jtl.weights.convert import KeyRule
 from jtl.weights.source import Source, resolve
-
-OWN = "jtl.json"
-"""The file that marks a folder as written by `jtl.save`."""
 
 
 def load(
@@ -34,17 +32,21 @@ def load(
 ) -> tuple[Any, dict[str, PyTree]]:
     """A pretrained model, with its head swapped for a new one.
 
-        checkpoint                         variables["params"]
-        bert.embeddings...          ->     embeddings/...
-        bert.encoder.layer.0...     ->     encoder/layer_0/...
-        classifier...  (ignored)           head/...   (new, from `key`)
+        checkpoint                         variables
+        resnet.embedder...          ->     params/stem/...
+        ...running_mean             ->     batch_stats/stem/norm/mean
+        classifier...  (ignored)           params/head/...   (new, from `key`)
+
+    The family and the layout are told by the folder's `config.json`, as transformers and timm write it, or else by
+    the names and shapes of the tensors, so that a bare state dict loads as well.
 
     Args:
-      source: a checkpoint folder, a folder written by `jtl.save`, a hub id such as `org/name`, or the
-        short name of a packaged asset (`jtl models` lists them).
+      source: a checkpoint folder, a file of weights (`.safetensors`, `.pth`, `.bin`, Keras' `.weights.h5`), a
+        folder written by `jtl.save`, a hub id such as `org/name`, or the short name of a packaged asset
+        (`jtl models` lists them). With `pretrained=False` also a variant such as `resnet50`.
       head: a module from pooled features `[batch, width]` to outputs, such as
-        `jtl.heads.classifier(2)`. Without one the model returns features; a model from
-        `jtl.save` keeps the head it was saved with.
+        `jtl.heads.classifier(2)`. Without one the model keeps the classifier that the checkpoint has, and
+        returns features if it has none; `model.apply(variables, inputs, method="features")` always does.
       key: the random key of what is newly initialised: the head, or everything.
       revision: a branch, tag or commit of a hub repository.
       pretrained: `False` gives the same architecture with random weights.
@@ -52,24 +54,30 @@ def load(
       **overrides: fields of the family's configuration to change, such as `pool="cls"`.
 
     Returns:
-      `(model, variables)`: a linen module and `{"params": ...}`, nested dicts of arrays.
+      `(model, variables)`: a linen module and its collections, `{"params": ...}` and, with batch normalisation,
+      `{"batch_stats": ...}`: nested dicts of arrays.
 
     Raises:
       SourceNotFoundError: there is no such folder, asset or repository.
       ConfigError: settings that the family does not have, or a missing key.
-      WeightsError: the checkpoint does not hold exactly the model's tensors.
+      WeightsError: the checkpoint does not hold exactly the model's tensors, or not finite ones.
     """
     if key is None and (head is not None or not pretrained):
         raise ConfigError("a new head or random weights need key=, such as jax.random.key(0)")
-    found = resolve(source, revision=revision)
-    family, model = build(found, head, overrides)
+    variant = None if pretrained else registry.variant(str(source))
+    if variant is not None:
+        family, config = variant
+        model = family.build(with_overrides(family, config, overrides), head)
+        return model, _random(family, model, key, dtype)
+    checkpoint = opened(resolve(source, revision=revision), overrides, weights=pretrained, own_head=head is None)
+    family, model = checkpoint.family, checkpoint.family.build(checkpoint.config, head or checkpoint.head)
     if not pretrained:
-        return model, {"params": convert.as_dtype(_initial(family, model, key), dtype)}
-    tensors = safetensors.read_tensors(found.path)
-    params = convert.as_dtype(_filled(found, family, model, tensors, new_head=head is not None), dtype)
+        return model, _random(family, model, key, dtype)
+    variables = _filled(checkpoint, model, dtype, new_head=head is not None)
     if head is not None:
-        params["head"] = convert.as_dtype(_initial(family, model, key, "head"), dtype)
-    return model, {"params": params}
+        for collection, tree in _random(family, model, key, dtype, "head").items():
+            variables[collection] |= tree
+    return model, variables
 
 
 def build(source: Source, head: nn.Module | None, overrides: Mapping[str, Any]) -> tuple[Family, Any]:
@@ -77,66 +85,64 @@ def build(source: Source, head: nn.Module | None, overrides: Mapping[str, Any]) 
 
     Args:
       source: from `jtl.weights.source.resolve`.
-      head: a new head, or `None` for the one of a folder written by `jtl.save`, if any.
+      head: a new head, or `None` for the one that the checkpoint has, if any.
       overrides: fields of the configuration to change.
 
     Raises:
       ConfigError: no such family, or a field that its configuration does not have.
     """
-    folder = _folder(source)
-    if (folder / OWN).is_file():
-        settings = read_json(folder / OWN)
-        family = registry.get(settings.get("family"))
-        config = family.parse(settings.get("config", {}), None, overrides)
-        saved = settings.get("head")
-        head = heads.Linear(**saved) if head is None and saved else head
-    else:
-        settings = read_json(_config_file(source))
-        family = registry.get(settings.get("model_type"))
-        config = family.parse(settings, folder, overrides)
-    return family, family.build(config, head)
+    checkpoint = opened(source, overrides, weights=False, own_head=head is None)
+    return checkpoint.family, checkpoint.family.build(checkpoint.config, head or checkpoint.head)
 
 
-def shapes(family: Family, model: Any) -> Params:
-    """The shapes and dtypes of a model's parameters, without computing any."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), **_zeros(family, model)))["params"]
+def shapes(family: Family, model: Any) -> dict[str, PyTree]:
+    """The shapes and dtypes of a model's variables, without computing any."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), **_zeros(family, model)))
 
 
-def _filled(source: Source, family: Family, model: Any, tensors: Mapping[str, Any], *, new_head: bool) -> Params:
+def _filled(checkpoint: Checkpoint, model: Any, dtype: Any, *, new_head: bool) -> dict[str, PyTree]:
+    """The variables of a checkpoint; None in the place of a new head's."""
+    family, config, layout = checkpoint.family, checkpoint.config, checkpoint.layout
     target = shapes(family, model)
-    new = ("head",) if new_head else ()
-    keys, ignored = family.keys(model.config), family.ignored(model.config)
-    if (_folder(source) / OWN).is_file():
-        # Saved by jtl: each tensor is named by its path among the variables.
-        keys = [convert.KeyRule(path, f"params/{path}", convert.KEEP) for path in jtree.paths(target)]
-        ignored = ("params/head",) if new_head else ()
-    else:
-        tensors = convert.renamed(tensors, family.rename, source.name)
-    return convert.convert(target, tensors, keys, new=new, ignored=ignored, name=source.name)
+    collection_of = {path.partition("/")[2]: path.partition("/")[0] for path in jtree.paths(target)}
+    if layout is None:
+        named = {path: f"{collection}/{path}" for path, collection in collection_of.items()}
+        layout = KeyLayout("jtl", lambda _: [KeyRule(path, name, convert.KEEP) for path, name in named.items()])
+    keys = layout.keys(config)
+    without_own = new_head or model.head is None
+    ignored = [*layout.ignored(config), *(head_sources(layout, config) if without_own else ())]
+    if checkpoint.layout is None and new_head:
+        ignored.append("*/head")
+
+    def finish(path: str, array: Any) -> jax.Array:
+        return convert.as_dtype(array, dtype if collection_of[path] == "params" else None)
+
+    filled = convert.convert(
+        {path.partition("/")[2]: leaf for path, leaf in jtree.leaves_with_paths(target)},
+        checkpoint.tensors or {},
+        keys,
+        new=("head",) if new_head else (),
+        ignored=ignored,
+        name=checkpoint.source.name,
+        adapt=functools.partial(family.adapt, config),
+        finish=finish,
+    )
+    return jtree.map_with_paths(lambda path, _: filled[path.partition("/")[2]], target)
 
 
-def _folder(source: Source) -> Path:
-    return source.path if source.path.is_dir() else source.path.parent
+def _random(family: Family, model: Any, key: Key | None, dtype: Any, subtree: str | None = None) -> dict[str, PyTree]:
+    """Newly initialised variables, or those of a subtree."""
 
-
-def _config_file(source: Source) -> Path:
-    path = _folder(source) / "config.json"
-    asset = ASSETS.get(source.name) if source.kind == "asset" else None
-    if asset is not None and asset.family not in registry.FAMILIES:
-        raise ConfigError(f"{asset.name} is of the family {asset.family!r}; jtl has {sorted(registry.FAMILIES)}")
-    if not path.is_file():
-        raise SourceNotFoundError(f"{path} does not exist: a checkpoint has its config.json beside its weights")
-    return path
-
-
-def _initial(family: Family, model: Any, key: Key | None, subtree: str | None = None) -> Params:
     # Compiled, so that what lies outside the wanted subtree is never computed.
     @jax.jit
-    def init(key: Key) -> Params:
-        params = model.init(key, **_zeros(family, model))["params"]
-        return params if subtree is None else params[subtree]
+    def init(key: Key) -> dict[str, PyTree]:
+        variables = model.init(key, **_zeros(family, model))
+        if subtree is None:
+            return variables
+        return {name: {subtree: tree[subtree]} for name, tree in variables.items() if subtree in tree}
 
-    return init(key)
+    variables = init(key)
+    return {**variables, "params": jax.tree.map(lambda leaf: convert.as_dtype(leaf, dtype), variables["params"])}
 
 
 def _zeros(family: Family, model: Any) -> dict[str, jax.Array]:

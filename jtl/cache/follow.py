@@ -42,7 +42,7 @@ class Following:
     def _computed(self, plan: plans.Batch, view: int, step: int) -> Batch:
         """A batch with a row that is not stored in this length.
 
-        What is left over in one bucket of a run moves up into the next, another row in each epoch.
+        The run has another batch size than the one that filled the cache: other rows of a bucket are left over.
         """
         cached = self.cache.compute(self.run.assemble(plan), view, step)
         _, rows, real = plans.local(self.run.layout, plan, 0)

@@ -50,7 +50,7 @@ def of_function(function: Callable[..., Any] | None, *, inside: tuple[int, ...] 
     """
     if function is None:
         return ""
-    name = [getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)]
+    name = [getattr(function, "__module__", None) or "", getattr(function, "__qualname__", type(function).__qualname__)]
     if id(function) in inside:
         return _hash(name)
 

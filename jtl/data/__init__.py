@@ -1,13 +1,16 @@
 """Data: labelled examples, where they come from, and the input pipeline.
 
-`examples` holds labelled examples and splits them; `sources` and `folders` read files, `tfds` reads
-TensorFlow Datasets; `text` encodes; `batches` makes batches. Importing this package imports numpy alone:
+`examples` holds labelled examples and splits them, `checks` compares the parts; `sources` and `folders` read
+files, `tfds` reads TensorFlow Datasets; `text` encodes; `pictures` decodes, `preprocess` makes of a picture
+what a model takes; `batches` makes batches. Importing this package imports numpy alone:
 Pillow, transformers, grain and tensorflow-datasets are imported by the functions that need them.
 """
 
+from jtl.data.checks import Report, compare, duplicates
 from jtl.data.examples import Examples, Skipped, check, split, subset, take
-from jtl.data.folders import load_image
+from jtl.data.pictures import load_image
 from jtl.data.pipeline import Batches, batches
+from jtl.data.preprocess import picture_batches, picture_transform, preprocess
 from jtl.data.sources import read
 from jtl.data.text import Encoded, Ragged, buckets, encode, ragged, tokenizer
 
@@ -17,11 +20,17 @@ __all__ = [
     "Encoded",
     "Examples",
     "Ragged",
+    "Report",
     "Skipped",
     "buckets",
     "check",
+    "compare",
+    "duplicates",
     "encode",
     "load_image",
+    "picture_batches",
+    "picture_transform",
+    "preprocess",
     "ragged",
     "read",
     "split",

@@ -44,9 +44,9 @@ def batches(
 
     With a seed, each epoch has its own order of rows and of batches, a function of seed and epoch alone.
     Without, rows stand in file order, within each bucket if there are several; a column
-    `{"row": np.arange(N)}` tells which is which. Each epoch holds every row once. Rows left over in one
-    bucket move up into the next, so that an epoch has at most one incomplete batch, whatever the
-    number of buckets.
+    `{"row": np.arange(N)}` tells which is which. Each epoch holds every row once. The longest rows
+    of a bucket that are left over are padded to the next one's length, in every epoch the same, so that an epoch
+    has at most one incomplete batch, whatever the number of buckets.
 
     Args:
       columns: inputs by name: arrays `[N, ...]`, or `Ragged` of N rows with the same lengths.

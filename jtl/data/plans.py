@@ -14,7 +14,7 @@ class Layout(NamedTuple):
     """What the epochs of a run have in common.
 
     Attributes:
-      bucket_of_row: int `[N]`, the bucket that each row belongs to.
+      bucket_of_row: int `[N]`, the bucket that each row is padded to.
       buckets: the padded lengths that are used; `(0,)` for rows without a length.
       batches: the number of batches of each bucket in an epoch.
       batch_size: rows of a batch in one process.
@@ -68,6 +68,7 @@ def layout(
         used, bucket_of_row = (0,), np.zeros(rows, np.int64)
     else:
         used, bucket_of_row = _assign(lengths, np.unique(buckets if buckets is not None else lengths.max()))
+        bucket_of_row = _filled_up(bucket_of_row, lengths, len(used), batch_size * shards)
     counts = _count(np.bincount(bucket_of_row, minlength=len(used)), batch_size * shards, remainder)
     if not sum(counts):
         raise errors.ConfigError(
@@ -88,11 +89,10 @@ def epoch(layout: Layout, seed: int | None, epoch: int) -> list[Batch]:
     rng = None if seed is None else np.random.default_rng((seed, epoch))
     order = np.arange(len(layout.bucket_of_row)) if rng is None else rng.permutation(len(layout.bucket_of_row))
     size = layout.batch_size * layout.shards
-    planned, left_over = [], order[:0]
+    planned = []
     for bucket, (length, count) in enumerate(zip(layout.buckets, layout.batches, strict=True)):
-        rows = np.concatenate([left_over, order[layout.bucket_of_row[order] == bucket]])
+        rows = order[layout.bucket_of_row[order] == bucket]
         planned += [Batch(length, rows[i * size : (i + 1) * size]) for i in range(count)]
-        left_over = rows[count * size :]
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
 
 
@@ -139,13 +139,24 @@ def _assign(lengths: np.ndarray, buckets: np.ndarray) -> tuple[tuple[int, ...], 
     return tuple(buckets[used].tolist()), bucket_of_row
 
 
+def _filled_up(bucket_of_row: np.ndarray, lengths: np.ndarray, buckets: int, size: int) -> np.ndarray:
+    """Whole batches in all buckets but the last: the longest rows of each that are left over move up.
+
+    The same rows in every epoch, so that a cached row is needed in one length alone.
+    """
+    found = bucket_of_row.copy()
+    for bucket in range(buckets - 1):
+        rows = np.flatnonzero(found == bucket)
+        left_over = len(rows) % size
+        if left_over:
+            found[rows[np.argsort(lengths[rows], kind="stable")[-left_over:]]] = bucket + 1
+    return found
+
+
 def _count(rows_of_bucket: np.ndarray, size: int, remainder: str) -> tuple[int, ...]:
-    """Batches of each bucket when what is left over moves up into the next one."""
-    counts, left_over = [], 0
-    for rows in rows_of_bucket:
-        count, left_over = divmod(int(rows) + left_over, size)
-        counts.append(count)
-    counts[-1] += bool(left_over and remainder != "drop")
+    """Batches of each bucket; the last one's may be incomplete."""
+    counts = [int(rows) // size for rows in rows_of_bucket]
+    counts[-1] += bool(rows_of_bucket[-1] % size and remainder != "drop")
     return tuple(counts)
 
 

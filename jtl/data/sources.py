@@ -24,7 +24,7 @@ def read(
 ) -> Examples:
     """Read labelled examples, refusing whatever is malformed by file and row.
 
-    A file is `.csv`, `.tsv` or `.jsonl`, plain or with `.gz` or `.bz2`; a folder is read by
+    A file is `.csv`, `.tsv` or `.jsonl`, plain or with `.gz` or `.bz2`; a folder, or a `.zip` of one, is read by
     `jtl.data.folders.read`. Labels are strings or integers, and lose surrounding blanks. Class names are
     sorted, by value when all are integers, unless `classes` declares them.
 
@@ -52,9 +52,9 @@ def read(
             f"{path}: there is no such file or folder{tables.nearest(path.name, siblings)}"
         )
     declared = _declared(classes)
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() == ".zip":
         if group is not None:
-            raise errors.ConfigError(f"{path}: a folder has no column {group!r} of groups; leave group out")
+            raise errors.ConfigError(f"{path}: a folder of classes has no column {group!r} of groups; leave group out")
         return folders.read(path, classes=declared, skip_bad=skip_bad)
     wanted = [text, label] if group is None else [text, label, group]
     kept, skipped = _sort_out(path, tables.rows(path, wanted), _check_row(text, label, group, declared), skip_bad)

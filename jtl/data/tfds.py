@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from jtl import errors
 from jtl.data import tables
 from jtl.data.examples import Examples, check
+from jtl.data.pictures import Record
 from jtl.data.sources import class_names
 
 OWN = "rotten-tomatoes"
@@ -36,27 +38,33 @@ def load(
       text: the feature of input texts.
       label: the feature of labels, a ClassLabel or an integer.
       group: a feature whose values must not be in two parts of a split.
-      image: the feature of pictures, when these are the inputs, not texts.
+      image: the feature of pictures, when these are the inputs, not texts. They stay on disk until
+        `load_image` wants them.
       data_dir: where the data is prepared; by default where TFDS does.
 
     Returns:
-      Examples with `columns={"text": [...]}`, or `{"image": [...]}` with uint8 `[H, W, C]` arrays.
+      Examples with `columns={"text": [...]}`, or `{"image": [...]}` of what `load_image` takes; of a feature
+      that is an array, not an encoded picture, uint8 `[H, W, C]` arrays.
 
     Raises:
       SourceNotFoundError: no data set has this name, or it is not prepared.
       ConfigError: a name or split that TFDS cannot read, or a community data set.
-      DataError: it was prepared as tfrecord, lacks a feature, or has no two classes.
+      DataError: it was prepared as tfrecord, lacks a feature, has pictures of floats, or has no two classes.
       MissingExtraError: tensorflow-datasets is not installed.
     """
     builder = _builder(name, data_dir)
     group = "movie" if name == OWN and group is None else group
     column, feature = ("text", text) if image is None else ("image", image)
     _check_features(name, builder.info.features, [f for f in (feature, label, group) if f is not None])
-    rows = list(_source(builder, name, split, data_dir))
+    encoded = image is not None and _is_encoded(name, builder.info.features[image])
+    source = _source(builder, name, split, data_dir)
+    inputs, rows = [], []
+    for i, row in enumerate(source):
+        value = row.pop(feature) if image is not None else row[feature]
+        inputs.append(Record(source, i, feature, f"{name}:{split}", zlib.crc32(value)) if encoded else value)
+        rows.append(row)
     if image is None:
-        inputs = _strings(name, feature, (row[feature] for row in rows))
-    else:
-        inputs = [row[feature] for row in rows]
+        inputs = _strings(name, feature, inputs)
     groups = None if group is None else np.array(_strings(name, group, (row[group] for row in rows)))
     labels, classes = _labels(builder.info.features[label], [int(row[label]) for row in rows])
     return check(Examples({column: inputs}, labels, classes, groups, f"{name}:{split}"))
@@ -115,9 +123,20 @@ def _check_features(name: str, features: Any, wanted: Sequence[str]) -> None:
             )
 
 
+def _is_encoded(name: str, feature: Any) -> bool:
+    """Whether a feature of pictures is stored as PNG or JPEG, which is then decoded where it is needed."""
+    if not isinstance(feature, _tfds().features.Image):
+        return False
+    if feature.np_dtype not in (np.uint8, np.uint16):
+        raise errors.DataError(f"{name}: the pictures are {feature.np_dtype.__name__}; expected uint8 or uint16")
+    return True
+
+
 def _source(builder: Any, name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Iterable[dict[str, Any]]:
+    tfds, features = _tfds(), builder.info.features
+    skip = {key: tfds.decode.SkipDecoding() for key in features if isinstance(features[key], tfds.features.Image)}
     try:
-        return builder.as_data_source(split=split)
+        return builder.as_data_source(split=split, **({"decoders": skip} if skip else {}))
     except NotImplementedError as error:
         if builder.is_prepared():
             raise errors.DataError(

@@ -22,9 +22,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtl import heads
 from jtl.errors import ConfigError
-from jtl.models.family import Family, Features, check_overrides, read_json
-from jtl.models.layers import ACTIVATIONS, Dense, SelfAttention, call_head, masked_mean
+from jtl.models.family import Family, Features, KeyLayout, check_overrides, read_json
+from jtl.models.layers import ACTIVATIONS, Dense, Dropout, SelfAttention, call_head, masked_mean
 from jtl.weights.convert import KEEP, TRANSPOSE, KeyRule
 
 POOLS = ("pooler", "mean", "cls", "max")
@@ -106,7 +107,7 @@ class Embeddings(nn.Module):
             words = jnp.where(is_pad, jax.lax.stop_gradient(words), words)
         positions = embed(c.max_position_embeddings, name="position")(jnp.arange(input_ids.shape[1])[None])
         x = words + embed(c.type_vocab_size, name="token_type")(token_type_ids) + positions
-        return nn.Dropout(c.hidden_dropout_prob)(_norm(c, self.dtype, "norm")(x), deterministic=deterministic)
+        return Dropout(c.hidden_dropout_prob)(_norm(c, self.dtype, "norm")(x), deterministic=deterministic)
 
 
 class Mlp(nn.Module):
@@ -133,7 +134,7 @@ class Layer(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """`[batch, length, width]` to the same; `mask` is `[batch, length]` bool."""
         c = self.config
-        drop = functools.partial(nn.Dropout(c.hidden_dropout_prob), deterministic=deterministic)
+        drop = functools.partial(Dropout(c.hidden_dropout_prob), deterministic=deterministic)
         attention = SelfAttention(
             c.num_attention_heads,
             c.attention_probs_dropout_prob,
@@ -173,7 +174,6 @@ class Bert(nn.Module):
     head: nn.Module | None = None
     dtype: jax.typing.DTypeLike | None = None
 
-    @nn.compact
     def __call__(
         self,
         input_ids: jax.Array,
@@ -193,14 +193,26 @@ class Bert(nn.Module):
         Returns:
           `Features`, or what the head makes of the pooled ones.
         """
+        features = self.features(input_ids, attention_mask, token_type_ids, deterministic=deterministic)
+        if self.head is None:
+            return features
+        return call_head(self.head, features.pooled, deterministic=deterministic)
+
+    @nn.compact
+    def features(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        token_type_ids: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Features:
+        """What the head is given, and each position's; see `__call__`."""
         mask = jnp.ones_like(input_ids, bool) if attention_mask is None else attention_mask.astype(bool)
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = Embeddings(self.config, self.dtype, name="embeddings")(input_ids, types, deterministic=deterministic)
         x = Encoder(self.config, self.dtype, name="encoder")(x, mask, deterministic=deterministic)
-        pooled = self._pool(x, mask)
-        if self.head is None:
-            return Features(x, pooled)
-        return call_head(self.head, pooled, deterministic=deterministic)
+        return Features(x, self._pool(x, mask))
 
     def _pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         c = self.config
@@ -240,6 +252,7 @@ def key_rules(config: BertConfig) -> Sequence[KeyRule]:
         for kind in ("word", "position", "token_type")
     ]
     modules = {"embeddings/norm": ("embeddings.LayerNorm", _NORM), "pooler": ("pooler.dense", _DENSE)}
+    modules["head"] = ("classifier", _DENSE)
     modules |= {
         f"encoder/layer_*/{path}": (f"encoder.layer.{{}}.{name}", kind) for path, (name, kind) in _LAYER.items()
     }
@@ -250,8 +263,8 @@ def key_rules(config: BertConfig) -> Sequence[KeyRule]:
 
 def ignored(config: BertConfig) -> Sequence[str]:
     """Source tensors without a place in the tree: buffers, and the heads of other tasks."""
-    heads = ("cls", "classifier", "qa_outputs")
-    return ("embeddings/position_ids", *heads, *(() if config.pool == "pooler" else ("pooler",)))
+    others = ("cls", "qa_outputs")
+    return ("embeddings/position_ids", *others, *(() if config.pool == "pooler" else ("pooler",)))
 
 
 def rename(name: str) -> str:
@@ -304,6 +317,21 @@ def _sentence_pooling(folder: Path) -> str | None:
     return modes[chosen[0]]
 
 
+def settings(config: BertConfig, outputs: int | None) -> dict[str, Any]:
+    """The `config.json` of transformers.
+
+    Raises:
+      ConfigError: transformers has no such pooling.
+    """
+    if config.pool != "pooler":
+        raise ConfigError(
+            f"transformers' BERT pools by its pooler alone, this model by {config.pool!r}: load it with pool='pooler'"
+        )
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "pool"}
+    architecture = "BertModel" if outputs is None else "BertForSequenceClassification"
+    return {"architectures": [architecture], "model_type": "bert", **fields}
+
+
 def example(config: BertConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Inputs to initialise with."""
     ids = jax.ShapeDtypeStruct((1, min(8, config.max_position_embeddings)), jnp.int32)
@@ -323,9 +351,10 @@ FAMILY = Family(
     parse=parse,
     build=lambda config, head: Bert(config, head),
     example=example,
-    keys=key_rules,
-    ignored=ignored,
-    rename=rename,
+    layouts=(KeyLayout("transformers", key_rules, ignored, rename),),
     depth_groups=depth_groups,
     paper="arXiv 1810.04805",
+    head=lambda config, outputs: heads.Linear(outputs, config.hidden_dropout_prob),
+    settings=settings,
+    licence="Apache-2.0",
 )

@@ -5,25 +5,85 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 
+from jtl import heads
 from jtl.errors import ConfigError, WeightsError
 from jtl.weights.convert import KeyRule
 
 
 class Features(NamedTuple):
-    """What a backbone without a head returns.
+    """What a backbone of texts gives.
 
     Attributes:
-      sequence: `[batch, length, width]` for text, `[batch, height, width, channels]` for pictures.
+      sequence: `[batch, length, width]`.
       pooled: `[batch, width]`, what a head is given.
     """
 
     sequence: jax.Array
     pooled: jax.Array
+
+
+class PictureFeatures(NamedTuple):
+    """What a backbone of pictures gives.
+
+    Attributes:
+      spatial: `[batch, height, width, channels]`, the last map of features.
+      pooled: `[batch, width]`, what a head is given.
+    """
+
+    spatial: jax.Array
+    pooled: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInput:
+    """How a picture becomes what a model was trained on.
+
+    Attributes:
+      size: height and width that the model is given.
+      resize: "shortest" brings the shortest edge to `resize_to`, then crops the centre to `size`;
+        "torchvision" does the same, and rounds the crop's place as torchvision and timm do; "exact" brings both
+        edges to `size`; "squash" brings both to `resize_to`, then crops; "none" only crops.
+      resize_to: pixels of the shortest edge before the crop; by default that of `size`.
+      interpolation: nearest, bilinear, bicubic, lanczos, box or hamming, as Pillow has them.
+      mean: of each channel, after scaling.
+      std: of each channel, after scaling.
+      scale: factor of the bytes 0 to 255.
+      channels: "rgb", "bgr" or "gray".
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: str = "shortest"
+    resize_to: int | None = 256
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: float = 1 / 255
+    channels: str = "rgb"
+
+
+class KeyLayout(NamedTuple):
+    """How one library names and lays out the tensors of a family.
+
+    Attributes:
+      name: of the library, such as "transformers" or "timm, torchvision".
+      keys: a configuration to its key rules. Their paths are those of all collections together, which
+        have no leaf in common: `stem/norm/scale` of the parameters, `stem/norm/mean` of the statistics.
+        The head's leaves, `head/kernel` and `head/bias`, have rules as well.
+      ignored: patterns of source tensors that have no place in a configuration's tree.
+      rename: normalises the name of a source tensor: prefixes, old spellings.
+    """
+
+    name: str
+    keys: Callable[[Any], Sequence[KeyRule]]
+    ignored: Callable[[Any], Sequence[str]] = lambda config: ()
+    rename: Callable[[str], str] = lambda name: name
 
 
 class Family(NamedTuple):
@@ -33,15 +93,21 @@ class Family(NamedTuple):
       name: the `model_type` of its checkpoints.
       modality: what it reads, `text` or `image`.
       parse: `(settings, folder, overrides)` to the family's configuration, from the parsed
-        `config.json`.
+        `config.json` of transformers or timm, or from what `jtl.save` wrote.
       build: `(config, head)` to the linen module.
       example: a configuration to inputs by name, for initialisation.
-      keys: a configuration to its key rules.
-      ignored: patterns of source tensors that have no place in a configuration's tree.
-      rename: normalises the name of a source tensor: prefixes, old spellings.
+      layouts: the layouts that it reads; `jtl.save` writes the first.
       depth_groups: a model to groups of patterns from the input to the output. The first group
         is what lies below the blocks; the last all above them, the head included.
       paper: where the architecture comes from.
+      infer: the shapes of a checkpoint's tensors by name, the name of its file, and the fields that a caller
+        sets, to the configuration that they tell, or None where they are not of this family.
+      head: `(config, outputs)` to the head that the family's own checkpoints have.
+      adapt: `(config, path, array, shape)` to an array of the shape that a leaf needs, where a checkpoint for
+        another size of input can be changed into it.
+      settings: `(config, outputs)` to the `config.json` of transformers; None where that has no such model.
+      variants: configurations by the names of timm.
+      licence: of the usual checkpoints.
     """
 
     name: str
@@ -49,11 +115,15 @@ class Family(NamedTuple):
     parse: Callable[[Mapping[str, Any], Path | None, Mapping[str, Any]], Any]
     build: Callable[[Any, nn.Module | None], nn.Module]
     example: Callable[[Any], dict[str, jax.ShapeDtypeStruct]]
-    keys: Callable[[Any], Sequence[KeyRule]]
-    ignored: Callable[[Any], Sequence[str]]
-    rename: Callable[[str], str]
+    layouts: Sequence[KeyLayout]
     depth_groups: Callable[[Any], list[tuple[str, ...]]]
     paper: str
+    infer: Callable[[Mapping[str, tuple[int, ...]], str, Mapping[str, Any]], Any] = lambda shapes, file, overrides: None
+    head: Callable[[Any, int], nn.Module] = lambda config, outputs: heads.Linear(outputs)
+    adapt: Callable[[Any, str, np.ndarray, tuple[int, ...]], np.ndarray] = lambda config, path, array, shape: array
+    settings: Callable[[Any, int | None], dict[str, Any]] | None = None
+    variants: Mapping[str, Any] = MappingProxyType({})
+    licence: str = ""
 
 
 def check_overrides(config: type, overrides: Mapping[str, Any]) -> None:
@@ -86,3 +156,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise WeightsError(f"{path} holds a {type(settings).__name__}, expected an object")
     return settings
+
+
+def fields_from_json(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration among settings read from JSON, with the types that the fields have.
+
+    Lists become tuples, the whole numbers of a float floats, and `input` an `ImageInput`.
+
+    Args:
+      config: a dataclass.
+      settings: by name; what is no field is left out.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(config)}
+    chosen: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in types
+    }
+    chosen |= {name: float(v) for name, v in chosen.items() if types[name] is float and type(v) is int}
+    if isinstance(chosen.get("input"), Mapping):
+        check_overrides(ImageInput, chosen["input"])
+        chosen["input"] = ImageInput(**fields_from_json(ImageInput, chosen["input"]))
+    return chosen

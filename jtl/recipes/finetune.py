@@ -1,4 +1,4 @@
-"""`jtl finetune`: a user's own labelled texts, from a file to a trained model in a folder."""
+"""`jtl finetune`: a user's own labelled texts or pictures, from files to a trained model in a folder."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from rich.table import Table
 
 import jtl
 from jtl import export, strategies
-from jtl.data import Examples, examples, read, text, tfds
+from jtl.data import Examples, compare, examples, picture_batches, read, text, tfds
 from jtl.errors import ConfigError, DataError
 from jtl.pretrained import build
 from jtl.recipes import progress, training
@@ -44,9 +44,12 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     head = jtl.heads.classifier(len(train.classes))
     with console.status(f"loading {escape(settings.model)}"):
         source = resolve(settings.model, revision=settings.revision)
-        _check_modality(source, train)
+        modality = _check_modality(source, train)
         model, variables = jtl.load(source.path, head, key=head_key)
-        tokenizer = text.tokenizer(source.path)
+        tokenizer = text.tokenizer(source.path) if modality == "text" else None
+    if modality == "image":
+        for line in compare(train, held_out).lines():
+            console.print(line, markup=False, soft_wrap=True)
     strategy = _strategy(settings, model)
     batches, test = _batches(settings, model, tokenizer, train, held_out, console)
     rate = settings.learning_rate or _LEARNING_RATES[settings.strategy]
@@ -129,10 +132,11 @@ def _share(held_out: str) -> float | None:
     return share
 
 
-def _check_modality(source: Source, data: Examples) -> None:
+def _check_modality(source: Source, data: Examples) -> str:
     modality = build(source, None, {})[0].modality
     if modality not in data.columns:
         raise ConfigError(f"{source.name} takes {modality}; {data.name} holds {', '.join(data.columns)}")
+    return modality
 
 
 def _strategy(settings: Finetune, model: Any) -> strategies.Strategy:
@@ -146,6 +150,11 @@ def _strategy(settings: Finetune, model: Any) -> strategies.Strategy:
 def _batches(
     settings: Finetune, model: Any, tokenizer: Any, train: Examples, held_out: Examples, console: Console
 ) -> tuple[Any, Any]:
+    if tokenizer is None:
+        spec, rows = model.config.input, settings.batch_size
+        batches = picture_batches(train, spec, batch_size=rows, seed=settings.seed, epochs=settings.epochs)
+        console.print(f"{len(batches)} steps of pictures of {spec.size[0]}x{spec.size[1]} pixels")
+        return batches, picture_batches(held_out, spec, batch_size=rows)
     longest = min(settings.max_length, model.config.max_position_embeddings)
     sizes = {"max_length": longest, "batch_size": settings.batch_size}
     batches, cut = training.text_batches(tokenizer, train, seed=settings.seed, epochs=settings.epochs, **sizes)

@@ -21,7 +21,7 @@ def run(settings: Inspect, console: Console) -> None:
     """
     head = heads.regressor(settings.outputs) if settings.outputs else None
     family, model = build(resolve(settings.model, revision=settings.revision), head, {})
-    params = shapes(family, model)
+    params = shapes(family, model)["params"]
     patterns = settings.trainable or (("head",) if settings.outputs else ("**",))
     mask = masks.select(*patterns)(params)
     trained, whole = jtree.size(jtree.partition(params, mask)[0]), jtree.size(params)

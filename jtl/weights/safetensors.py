@@ -74,7 +74,38 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       SourceNotFoundError: the file, the folder's weights or a shard does not exist.
       WeightsError: a file is damaged, has a dtype that numpy cannot hold, or disagrees with its index.
     """
-    return _gather(Path(path), lambda handle, name: handle.get_tensor(name))
+    return _gather(Path(path), lambda file, handle, name: handle.get_tensor(name))
+
+
+def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Signature], Callable[[str], np.ndarray]]:
+    """Open a checkpoint without reading its tensors.
+
+    Args:
+      path: as for `read_tensors`.
+
+    Returns:
+      A `Signature` by tensor name, and a function that reads one tensor by its name.
+
+    Raises:
+      SourceNotFoundError: as for `read_tensors`.
+      WeightsError: as for `read_tensors`.
+    """
+    files: dict[str, Path] = {}
+
+    def seen(file: Path, handle: Any, name: str) -> Signature:
+        files[name] = file
+        return _signature(handle, name)
+
+    signatures = _gather(Path(path), seen)
+    handles: dict[Path, Any] = {}
+
+    def read(name: str) -> np.ndarray:
+        file = files[name]
+        if file not in handles:
+            handles[file] = safe_open(file, framework="np")
+        return handles[file].get_tensor(name)
+
+    return signatures, read
 
 
 def shapes(path: str | os.PathLike[str]) -> dict[str, Signature]:
@@ -90,7 +121,7 @@ def shapes(path: str | os.PathLike[str]) -> dict[str, Signature]:
       SourceNotFoundError: as for `read_tensors`.
       WeightsError: as for `read_tensors`.
     """
-    return _gather(Path(path), _signature)
+    return _gather(Path(path), lambda file, handle, name: _signature(handle, name))
 
 
 def write_tensors(
@@ -130,8 +161,8 @@ def _writable(name: str, tensor: Any) -> np.ndarray:
     return np.asarray(array, order="C")
 
 
-def _gather(path: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]:
-    """`read(handle, name)` of each tensor, over the one file or all shards."""
+def _gather(path: Path, read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
+    """`read(file, handle, name)` of each tensor, over the one file or all shards."""
     if path.name.endswith(".index.json"):
         return _gather_shards(path, read)
     if not path.is_dir():
@@ -143,17 +174,17 @@ def _gather(path: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]:
     raise _no_weights(path)
 
 
-def _gather_file(path: Path, read: Callable[[Any, str], _T], declared: set[str] | None = None) -> dict[str, _T]:
+def _gather_file(path: Path, read: Callable[[Path, Any, str], _T], declared: set[str] | None = None) -> dict[str, _T]:
     with _opened(path) as handle:
         names = list(handle.keys())
         if declared is not None:
             _check_shard(path, set(names), declared)
         for name in names:
             _check_dtype(path, name, handle.get_slice(name).get_dtype())
-        return {name: read(handle, name) for name in names}
+        return {name: read(path, handle, name) for name in names}
 
 
-def _gather_shards(index: Path, read: Callable[[Any, str], _T]) -> dict[str, _T]:
+def _gather_shards(index: Path, read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
     shards: dict[str, set[str]] = {}
     for tensor, shard in _weight_map(index).items():
         shards.setdefault(shard, set()).add(tensor)

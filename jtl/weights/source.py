@@ -16,7 +16,7 @@ from jtl.weights.safetensors import INDEX, SINGLE
 
 _log = logging.getLogger("jtl")
 
-_LOCAL_FILES = {".safetensors", ".pth", ".bin"}
+_LOCAL_FILES = {".safetensors", ".pth", ".pt", ".bin", ".h5"}
 
 # The weights by their exact names: repositories often hold the same weights in other precisions and layouts.
 _HUB_PATTERNS = ["*.json", "*.txt", "*.model", SINGLE, "model-*.safetensors"]

@@ -124,7 +124,7 @@ def test_a_second_run_has_the_same_loss_and_so_compiles_nothing_again(case):
 
 @pytest.mark.parametrize(("blocks", "directory"), [(0, True), (1, False)])
 def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory):
-    """Rows left over in one bucket move up into the next, other ones in each epoch."""
+    """Rows left over in one bucket move up into the next."""
     rng = np.random.default_rng(1)
     checkpoints.write(tmp_path / "model")
     model, variables = jtl.load(tmp_path / "model", jtl.heads.classifier(2), key=jax.random.key(0))

@@ -1,11 +1,7 @@
-import sys
-
-import numpy as np
 import pytest
 from PIL import Image
 
 from jtl import errors
-from jtl.data.folders import load_image
 from jtl.data.sources import read
 
 
@@ -45,34 +41,6 @@ def test_pictures_are_paths(tmp_path):
         "cat/picture.gif",
     ]
     assert examples.labels.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
-def test_any_mode_becomes_colour(tmp_path, mode):
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.new("RGB", (4, 3), "white").convert(mode).save(path)
-    image = load_image(path)
-    assert (image.shape, image.dtype) == ((3, 4, 3), np.uint8)
-    assert image.min() == 255
-    assert image.flags.writeable
-
-
-def test_transparent_palette_is_read(tmp_path):
-    Image.new("P", (2, 2)).save(tmp_path / "a.png", transparency=b"\x00\xff")
-    assert load_image(tmp_path / "a.png").shape == (2, 2, 3)
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg", exif=exif)
-    assert load_image(tmp_path / "a.jpg").shape == (4, 3, 3)
-
-
-def test_deep_pictures_are_refused(tmp_path):
-    Image.fromarray(np.full((3, 4), 40_000, np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(errors.DataError, match=r"a\.png: the picture has mode I;16; expected 8 bits"):
-        load_image(tmp_path / "a.png")
 
 
 def damage_truncate(path):
@@ -153,9 +121,3 @@ def test_an_empty_or_unreadable_folder_is_refused(tmp_path):
 def test_an_undeclared_class_is_refused(tmp_path):
     with pytest.raises(errors.DataError, match="'neg' is not a declared class; expected pos, negative"):
         read(text_folder(tmp_path), classes=["pos", "negative"])
-
-
-def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(errors.MissingExtraError, match=r"jtl\[data\]"):
-        load_image(tmp_path / "a.png")

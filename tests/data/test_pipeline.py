@@ -84,6 +84,17 @@ def test_at_most_one_batch_of_an_epoch_is_incomplete(run):
 
 
 @quick
+@given(runs(("pad", "keep")))
+def test_a_row_is_padded_to_one_length_in_all_epochs(run):
+    columns, options = run
+    lengths = {}
+    for batch in batches(columns, **options):
+        for row in batch["row"][batch["weight"] > 0]:
+            lengths.setdefault(int(row), set()).add(batch["input_ids"].shape[1])
+    assert all(len(found) == 1 for found in lengths.values())
+
+
+@quick
 @given(runs(("pad", "keep", "drop")), st.data())
 def test_resuming_continues_exactly(run, data):
     columns, options = run

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from jtl.errors import DigestError, SourceNotFoundError, WeightsError
-from jtl.weights import assets
+from jtl.weights import asset_table, assets
 
 FILES = {"tiny/data/model.bin": b"weights" * 1000, "tiny/data/sub/config.json": b"{}"}
 OTHERS = {"tiny/__init__.py": b"raise SystemExit('imported')", "tiny/data/words.pickle": b"\x80\x04."}
@@ -70,13 +70,15 @@ def _wheel(folder: Path, files: dict[str, bytes] | None = None) -> Path:
     return path
 
 
-def _tiny(wheel: Path) -> assets.Asset:
+def _tiny(wheel: Path) -> asset_table.Asset:
     members = tuple(
-        assets.Member(str(PurePosixPath(name).relative_to("tiny/data")), len(data), hashlib.sha256(data).hexdigest())
+        asset_table.Member(
+            str(PurePosixPath(name).relative_to("tiny/data")), len(data), hashlib.sha256(data).hexdigest()
+        )
         for name, data in FILES.items()
     )
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return assets.Asset("tiny", "tiny", "1.0", digest, "tiny/data", members, "data", "", "", "", "")
+    return asset_table.Asset("tiny", "tiny", "1.0", digest, "tiny/data", members, "data", "", "", "", "")
 
 
 def _unpacked(folder: Path) -> dict[str, bytes]:
@@ -255,11 +257,11 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 _CHILD = """
 import json, logging, os, signal, sys
 from pathlib import Path
-from jtl.weights import assets
+from jtl.weights import asset_table, assets
 
 fields = json.loads(sys.argv[1])
-members = tuple(assets.Member(*member) for member in fields.pop("members"))
-assets.ASSETS = {"tiny": assets.Asset(members=members, **fields)}
+members = tuple(asset_table.Member(*member) for member in fields.pop("members"))
+assets.ASSETS = {"tiny": asset_table.Asset(members=members, **fields)}
 if sys.argv[2] == "die":  # in the middle of unpacking, as if the power failed
     def die(asset, wheel, into):
         into.mkdir()

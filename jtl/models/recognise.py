@@ -1,0 +1,190 @@
+"""Of which family a checkpoint is, with which configuration, in which library's layout."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from jtl import heads
+from jtl.errors import ConfigError, SourceNotFoundError, WeightsError
+from jtl.models import registry
+from jtl.models.family import Family, KeyLayout, read_json
+from jtl.weights import convert
+from jtl.weights.assets import ASSETS
+from jtl.weights.source import Source
+from jtl.weights.tensors import Tensors, open_tensors
+
+OWN = "jtl.json"
+"""The file that marks a folder as written by `jtl.save`."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose tensors are not read yet.
+
+    Attributes:
+      source: where it is.
+      family: of its model.
+      config: of its model.
+      head: the head that it has, if any.
+      tensors: by the names of its layout; None where there is a configuration without weights.
+      layout: how they are named; None for those of `jtl.save`, which are named by path.
+    """
+
+    source: Source
+    family: Family
+    config: Any
+    head: nn.Module | None
+    tensors: Tensors | None
+    layout: KeyLayout | None
+
+
+def opened(source: Source, overrides: Mapping[str, Any], *, weights: bool = True, own_head: bool = True) -> Checkpoint:
+    """Recognise a checkpoint.
+
+    Args:
+      source: from `jtl.weights.source.resolve`.
+      overrides: fields of the configuration to change.
+      weights: whether they must be there.
+      own_head: whether the head that it has is wanted, and so must fit its settings.
+
+    Raises:
+      ConfigError: no such family, or settings that it does not have.
+      SourceNotFoundError: there are no weights.
+      WeightsError: the weights are damaged, or in a layout that no family has.
+    """
+    folder = source.path if source.path.is_dir() else source.path.parent
+    if (folder / OWN).is_file():
+        return _own(source, read_json(folder / OWN), overrides)
+    tensors = _tensors(source, required=weights)
+    family, config, settings = _configured(source, folder, tensors, overrides)
+    if tensors is None:
+        return Checkpoint(source, family, config, None, None, None)
+    layout = _layout(family, config, tensors, source.name)
+    named = tensors.renamed(layout.rename, source.name)
+    outputs = _outputs(family, config, layout, named, settings) if own_head else None
+    head = None if outputs is None else family.head(config, outputs)
+    return Checkpoint(source, family, config, head, named, layout)
+
+
+def _own(source: Source, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
+    family = registry.get(settings.get("family"))
+    config, saved = family.parse(settings.get("config", {}), None, overrides), settings.get("head")
+    kind = type(family.head(config, 1)) if saved else heads.Linear
+    return Checkpoint(source, family, config, kind(**saved) if saved else None, open_tensors(source.path), None)
+
+
+def _tensors(source: Source, *, required: bool) -> Tensors | None:
+    try:
+        return open_tensors(source.path)
+    except SourceNotFoundError:
+        if required:
+            raise
+        return None
+
+
+def _configured(
+    source: Source, folder: Path, tensors: Tensors | None, overrides: Mapping[str, Any]
+) -> tuple[Family, Any, Mapping[str, Any]]:
+    """The family, its configuration, and the settings that tell it, empty where only the tensors do."""
+    asset = ASSETS.get(source.name) if source.kind == "asset" else None
+    if asset is not None and asset.family not in registry.FAMILIES:
+        raise ConfigError(f"{asset.name} is of the family {asset.family!r}; jtl has {sorted(registry.FAMILIES)}")
+    if (folder / "config.json").is_file():
+        settings = read_json(folder / "config.json")
+        timm = "architecture" in settings and "model_type" not in settings
+        family = (
+            registry.of_architecture(settings["architecture"]) if timm else registry.get(settings.get("model_type"))
+        )
+        return family, family.parse(settings, folder, overrides), settings
+    if tensors is None:
+        raise SourceNotFoundError(f"{folder / 'config.json'} does not exist: a checkpoint has it beside its weights")
+    family, config = _inferred(source, tensors, overrides)
+    return family, with_overrides(family, config, overrides), {}
+
+
+def with_overrides(family: Family, config: Any, overrides: Mapping[str, Any]) -> Any:
+    """A configuration with some fields changed.
+
+    Raises:
+      ConfigError: a field that it does not have, or a value that it cannot have.
+    """
+    from dataclasses import fields
+
+    plain = {field.name: getattr(config, field.name) for field in fields(config)}
+    return family.parse(plain, None, overrides) if overrides else config
+
+
+def _inferred(source: Source, tensors: Tensors, overrides: Mapping[str, Any]) -> tuple[Family, Any]:
+    shapes = {name: signature.shape for name, signature in tensors.signatures.items()}
+    file = source.path.name
+    for family in registry.families():
+        config = family.infer(shapes, file, overrides)
+        if config is not None:
+            return family, config
+    folder = source.path if source.path.is_dir() else source.path.parent
+    raise WeightsError(
+        f"{folder / 'config.json'} does not exist, and no family of jtl's has this layout of tensors; "
+        f"{_nearest(tensors)}. Its first tensors: {', '.join(list(tensors)[:4])}"
+    )
+
+
+def _nearest(tensors: Iterable[str]) -> str:
+    """The families whose layouts share the most names with a checkpoint."""
+    scores = {}
+    for family in registry.families():
+        config = next(iter(family.variants.values()), None)
+        for layout in family.layouts if config is not None else ():
+            scores[f"{family.name} ({layout.name})"] = _likeness(layout, config, tensors)
+    best = sorted(scores, key=lambda name: -scores[name])[:3]
+    return f"the nearest families are {', '.join(best)}"
+
+
+def _likeness(layout: KeyLayout, config: Any, tensors: Iterable[str]) -> float:
+    """The share of a layout's names that a checkpoint has, whatever the numbers in them."""
+    wanted = {_plain(rule.source) for rule in layout.keys(config)}
+    return len(wanted & {_plain(layout.rename(name)) for name in tensors}) / max(len(wanted), 1)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\d+|\{\}", "*", name)
+
+
+def _layout(family: Family, config: Any, tensors: Tensors, name: str) -> KeyLayout:
+    scores = [_likeness(layout, config, tensors) for layout in family.layouts]
+    if not any(scores):
+        known = ", ".join(layout.name for layout in family.layouts)
+        raise WeightsError(
+            f"{name} should hold a model of the family {family.name}, but none of its tensors has a name of the "
+            f"layouts that jtl reads ({known}); {_nearest(tensors)}. Its first tensors: {', '.join(list(tensors)[:4])}"
+        )
+    return family.layouts[int(np.argmax(scores))]
+
+
+def head_sources(layout: KeyLayout, config: Any) -> list[str]:
+    """Patterns of the tensors that a head's leaves have in a layout."""
+    return [rule.source.replace(".", "/") for rule in layout.keys(config) if rule.path.startswith("head/")]
+
+
+def _outputs(
+    family: Family, config: Any, layout: KeyLayout, tensors: Tensors, settings: Mapping[str, Any]
+) -> int | None:
+    """The width of the classifier that a checkpoint has, None where it has none of this family's."""
+    sources = {rule.path: rule for rule in layout.keys(config)}
+    rule = sources.get("head/kernel")
+    if rule is None or rule.source not in tensors:
+        return None
+    architectures = settings.get("architectures") or []
+    if family.modality == "text" and not any(str(a).endswith("ForSequenceClassification") for a in architectures):
+        return None  # the same name is given to the heads of other tasks
+    got = int(rule.layout.read(np.broadcast_to(np.float32(0), convert.shape_of(tensors, rule.source))).shape[-1])
+    labels = settings.get("id2label")
+    declared = settings.get("num_classes", settings.get("num_labels", len(labels) if labels else None))
+    if declared is not None and declared != got:
+        raise WeightsError(
+            f"config.json declares {declared} classes, and {rule.source} has {got} outputs: they are not of one "
+            "checkpoint; pass head= for a new classifier"
+        )
+    return got
