@@ -19,7 +19,7 @@ SIZE = 16
 CONFIGS: dict[str, tuple[Any, str]] = {
     "resnet": (
         ResNetConfig(embedding_size=4, hidden_sizes=(4, 8), depths=(1, 1), layer_type="basic"),
-        "stages_1/blocks_0",
+        "stages_1/blocks_0/layer_*/conv",
     ),
     "vgg": (VggConfig(widths=(4, 6), depths=(1, 1), hidden=8, pool_size=2), "fc_1"),
     "efficientnet": (
@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
             stem_channels=8,
             head_channels=16,
         ),
-        "top",
+        "top/conv",
     ),
     "mobilenet_v2": (
         MobileNetV2Config(
@@ -48,7 +48,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
             head_channels=16,
             output_stride=8,
         ),
-        "top",
+        "top/conv",
     ),
     "vit": (
         ViTConfig(
@@ -64,7 +64,8 @@ CONFIGS: dict[str, tuple[Any, str]] = {
         "encoder/layer_1",
     ),
 }
-"""A configuration of each family, and the path of its last block."""
+"""A configuration of each family, and its last block: the convolutions alone, for what a batch normalisation in
+training subtracts leaves rounding."""
 
 
 def pictures(seed: int) -> dict[str, jax.Array]:

@@ -32,7 +32,5 @@ def test_dropout_is_off_without_training_or_rate():
 
 
 def test_half_precision_stays():
-    y = Dropout(0.3).apply(
-        {}, jnp.ones((4, 8), jnp.bfloat16), deterministic=False, rngs={"dropout": jax.random.key(0)}
-    )
+    y = Dropout(0.3).apply({}, jnp.ones((4, 8), jnp.bfloat16), deterministic=False, rngs={"dropout": jax.random.key(0)})
     assert y.dtype == jnp.bfloat16
