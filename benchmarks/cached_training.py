@@ -30,6 +30,7 @@ import optax
 
 import jtl
 from jtl.data import tfds
+from jtl.weights import assets
 
 LAYERS, RATE = 6, 1e-3
 MASKS = {"head": 0, "last block": 1, "last two blocks": 2}
@@ -37,7 +38,7 @@ MASKS = {"head": 0, "last block": 1, "last two blocks": 2}
 
 def batches(examples: int, epochs: int) -> Any:
     """Padded batches of real reviews."""
-    tokenizer = jtl.data.tokenizer(jtl.weights.assets.fetch("minilm-l6"))
+    tokenizer = jtl.data.tokenizer(assets.fetch("minilm-l6"))
     data = jtl.data.subset(tfds.load("rotten-tomatoes", "train"), examples, seed=0)
     encoded = jtl.data.encode(tokenizer, list(data.columns["text"]), max_length=48)
     buckets = jtl.data.buckets(encoded.input_ids.lengths, max_length=48, max_buckets=3)
@@ -74,7 +75,7 @@ def torch_run(trained: int, data: Any) -> Callable[[], Any]:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_pretrained(str(jtl.weights.assets.fetch("minilm-l6")))
+    model = transformers.AutoModel.from_pretrained(str(assets.fetch("minilm-l6")))
     head = torch.nn.Linear(model.config.hidden_size, 2)
     model.requires_grad_(False).eval()
     for layer in model.encoder.layer[LAYERS - trained :]:
@@ -107,13 +108,14 @@ def bound(trained: int, epochs: int) -> float:
     return (frozen + 3 * trained) / (frozen / epochs + 3 * trained)
 
 
-def compare(examples: int, epochs: int, timed: int, rounds: int) -> list[dict[str, Any]]:
+def compare(examples: int, epochs: int, timed: int, rounds: int, masks: list[str]) -> list[dict[str, Any]]:
     """One row for each mask."""
     model, variables = jtl.load("minilm-l6", jtl.heads.classifier(2), key=jax.random.key(0))
     loss_fn, tx = jtl.supervised(model, jtl.losses.cross_entropy), optax.adamw(RATE)
     long, short = batches(examples, epochs), batches(examples, timed)
     rows = []
-    for name, trained in MASKS.items():
+    for name in masks:
+        trained = MASKS[name]
         arms = {
             "uncached": (jtl_run(loss_fn, tx, variables, trained, short, "off"), timed),
             "cached": (jtl_run(loss_fn, tx, variables, trained, long, "require"), epochs),
@@ -192,10 +194,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--timed", type=int, default=2, help="epochs of the arms that cost the same in each")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--masks", nargs="+", choices=list(MASKS), default=list(MASKS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tables = {
-        "cached_training": compare(args.examples, args.epochs, args.timed, args.rounds),
+        "cached_training": compare(args.examples, args.epochs, args.timed, args.rounds, args.masks),
         "cached_sweep": [sweeps(args.examples, args.epochs, 32)],
     }
     for name, rows in tables.items():

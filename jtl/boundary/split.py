@@ -143,7 +143,8 @@ def split(
       state: the trained half, for its shapes.
       frozen: the frozen half, for its shapes.
       batch: an example of a batch, arrays or shapes; other shapes are traced when they come.
-      dtype: how floats are stored, such as `jnp.bfloat16`; by default as they are.
+      dtype: how floats are stored, such as `jnp.bfloat16`; by default as they are. With bfloat16, MiniLM's loss was
+        off by at most 5e-5, relative, and its gradient by 2.4e-3 of its norm (`benchmarks/stored_dtype.py`).
       frozen_dropout: as in `jtl.train_step`; dropout in frozen modules then stands in the way.
 
     Returns:
