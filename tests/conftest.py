@@ -26,3 +26,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _torch_seed(request):
+    """The initial weights of a reference do not depend on which tests ran before in the same process."""
+    if request.node.get_closest_marker("torch"):
+        pytest.importorskip("torch").manual_seed(0)
