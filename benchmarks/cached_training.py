@@ -15,10 +15,7 @@ least 80% of the bound; 32 swept heads in a tenth of the time of 32 runs over th
 """
 
 import argparse
-import csv
-import datetime
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from reporting import medians, seconds, show, write
 
 import jtl
 from jtl.data import tfds
@@ -49,13 +47,6 @@ def batches(examples: int, epochs: int) -> Any:
 def mask(trained: int) -> jtl.Mask:
     """The head, and the last blocks."""
     return jtl.select("head", *(f"encoder/layer_{LAYERS - 1 - k}" for k in range(trained)))
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of a call that waits for its result."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def jtl_run(loss_fn: Any, tx: Any, variables: Any, trained: int, data: Any, cache: str) -> Callable[[], Any]:
@@ -128,17 +119,14 @@ def compare(examples: int, epochs: int, timed: int, rounds: int, masks: list[str
             print("no PyTorch here: its column stays empty")
         for run in warm:  # compile all shapes
             run()
-        rates: dict[str, list[float]] = {arm: [] for arm in arms}
-        for _ in range(rounds):
-            for arm, (run, count) in arms.items():
-                rates[arm].append(examples * count / seconds(run))
-        medians = {arm: statistics.median(values) for arm, values in rates.items()}
-        gain, limit = medians["cached"] / medians["uncached"], bound(trained, epochs)
-        row = {"trained": name, **{f"{arm} examples/s": round(value, 1) for arm, value in medians.items()}}
+        times = medians({arm: run for arm, (run, _) in arms.items()}, rounds=rounds, warm=0)
+        rates = {arm: examples * count / times[arm] for arm, (_, count) in arms.items()}
+        gain, limit = rates["cached"] / rates["uncached"], bound(trained, epochs)
+        row = {"trained": name, **{f"{arm} examples/s": round(value, 1) for arm, value in rates.items()}}
         row |= {"cached/uncached": round(gain, 2), "bound": round(limit, 2), "of bound": round(gain / limit, 2)}
-        row["cached/torch"] = round(medians["cached"] / medians["torch"], 2) if "torch" in medians else ""
+        row["cached/torch"] = round(rates["cached"] / rates["torch"], 2) if "torch" in rates else ""
         rows.append(row)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        show(row)
     return rows
 
 
@@ -183,7 +171,7 @@ def sweeps(examples: int, epochs: int, members: int) -> dict[str, Any]:
         "runs/sweep": round(statistics.median(apart) / statistics.median(swept), 1),
         "largest loss difference": difference,
     }
-    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    show(row)
     return row
 
 
@@ -202,13 +190,7 @@ def main() -> None:
         "cached_sweep": [sweeps(args.examples, args.epochs, 32)],
     }
     for name, rows in tables.items():
-        if args.out:
-            today = datetime.datetime.now(datetime.UTC).date()
-            file = args.out / f"{name}-{jax.devices()[0].platform}-jax{jax.__version__}-{today}.csv"
-            with open(file, "w", newline="", encoding="utf-8") as out:
-                writer = csv.DictWriter(out, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+        write(args.out, name, rows)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ gradient norm on.
 """
 
 import argparse
-import csv
-import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from reporting import write
 
 import jtl
 from jtl.models.bert import Bert, BertConfig
@@ -93,14 +91,7 @@ def main() -> None:
     found = rows()
     for row in found:
         print(f"{row['arrangement']:44s} {row['gflop']:8.2f} {row['of_full']:6.3f} {row['optimizer_bytes']:12,}")
-    if out is not None:
-        device = jax.devices()[0].device_kind.replace(" ", "-").lower()
-        path = out / f"compiled_cost-{device}-jax{jax.__version__}-{datetime.date.today()}.csv"
-        versions = {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__}
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*found[0], *versions])
-            writer.writeheader()
-            writer.writerows({**row, **versions} for row in found)
+    write(out, "compiled_cost", found, "jax", "flax", "optax")
 
 
 if __name__ == "__main__":

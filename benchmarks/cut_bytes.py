@@ -10,18 +10,16 @@ equations of one operand to whatever is smallest.
 """
 
 import argparse
-import csv
-import datetime
 import functools
 from pathlib import Path
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from reporting import write
 
 import jtl
 from jtl.boundary.cut import example_bytes, rows, wanted
@@ -131,13 +129,7 @@ def main() -> None:
     for row in found:
         values = f"{row['crossing']:12,} {row['greedy']:14,} {row['minimum cut']:12,}"
         print(f"{row['model']:10s} {row['trained']:29s} {values}")
-    if out is not None:
-        path = out / f"cut_bytes-jax{jax.__version__}-{datetime.date.today()}.csv"
-        versions = {"jax": jax.__version__, "flax": flax.__version__}
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*found[0], *versions])
-            writer.writeheader()
-            writer.writerows({**row, **versions} for row in found)
+    write(out, "cut_bytes", found, "jax", "flax")
 
 
 if __name__ == "__main__":

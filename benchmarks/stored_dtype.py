@@ -6,8 +6,6 @@ reads float32 features and one that reads bfloat16 ones. The gradient's is the n
 """
 
 import argparse
-import csv
-import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from cached_training import MASKS, batches, mask
+from reporting import show, write
 
 import jtl
 
@@ -49,15 +48,8 @@ def main() -> None:
     model, variables = jtl.load("minilm-l6", jtl.heads.classifier(2), key=jax.random.key(0))
     rows = [{"trained": name, **difference(model, variables, trained)} for name, trained in MASKS.items()]
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if args.out:
-        today = datetime.datetime.now(datetime.UTC).date()
-        with open(
-            args.out / f"stored_dtype-jax{jax.__version__}-{today}.csv", "w", newline="", encoding="utf-8"
-        ) as out:
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        show(row)
+    write(args.out, "stored_dtype", rows, "jax", "flax")
 
 
 if __name__ == "__main__":
