@@ -57,7 +57,7 @@ def their_run(name: str, data: Any) -> Callable[[], Any]:
     import torch
 
     model = pairs.theirs(name).requires_grad_(False).eval()
-    head = (model.classifier[1] if hasattr(model, "classifier") else model._fc).requires_grad_(True)
+    head = [part for part in model.modules() if isinstance(part, torch.nn.Linear)][-1].requires_grad_(True)
     optimizer = torch.optim.AdamW(head.parameters(), lr=pairs.RATE)
 
     def run() -> None:

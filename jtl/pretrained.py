@@ -14,6 +14,7 @@ from jtl.errors import ConfigError
 from jtl.models import registry
 from jtl.models.family import Family, KeyLayout
 from jtl.models.recognise import Checkpoint, head_sources, opened, with_overrides
+from jtl.models.tracing import variable_shapes
 from jtl.typing import Key, PyTree
 from jtl.weights import convert
 from jtl.weights.convert import KeyRule
@@ -97,7 +98,7 @@ def build(source: Source, head: nn.Module | None, overrides: Mapping[str, Any]) 
 
 def shapes(family: Family, model: Any) -> dict[str, PyTree]:
     """The shapes and dtypes of a model's variables, without computing any."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), **_zeros(family, model)))
+    return variable_shapes(model, family.example(model.config))
 
 
 def _filled(checkpoint: Checkpoint, model: Any, dtype: Any, *, new_head: bool) -> dict[str, PyTree]:
@@ -115,7 +116,7 @@ def _filled(checkpoint: Checkpoint, model: Any, dtype: Any, *, new_head: bool) -
         ignored.append("*/head")
 
     def finish(path: str, array: Any) -> jax.Array:
-        return convert.as_dtype(array, dtype if collection_of[path] == "params" else None)
+        return convert.owned(array, dtype if collection_of[path] == "params" else None)
 
     filled = convert.convert(
         {path.partition("/")[2]: leaf for path, leaf in jtree.leaves_with_paths(target)},

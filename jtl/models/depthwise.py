@@ -117,8 +117,8 @@ def _shifted(window: Window, x: jax.Array, kernel: jax.Array) -> jax.Array:
     wide = wide_dtype(x.dtype)
     padded = jnp.pad(x, ((0, 0), *window.pads, (0, 0)))
     places = itertools.product(*map(range, kernel.shape[:2]))
-    taps = zip(_taps(window, padded, (kernel.shape[0], kernel.shape[1]), (1, 2)), places, strict=True)
-    return _sum(tap.astype(wide) * _weight(kernel, i, j) for tap, (i, j) in taps).astype(x.dtype)
+    seen = zip(taps(window, padded, (kernel.shape[0], kernel.shape[1]), (1, 2)), places, strict=True)
+    return _sum(tap.astype(wide) * _weight(kernel, i, j) for tap, (i, j) in seen).astype(x.dtype)
 
 
 def _weight(kernel: jax.Array, i: int, j: int) -> jax.Array:
@@ -133,7 +133,7 @@ def _add(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> list[jax.Arra
     return list(map(jnp.add, left, right))
 
 
-def _taps(window: Window, padded: jax.Array, kernel: tuple[int, int], axes: tuple[int, int]) -> Iterator[jax.Array]:
+def taps(window: Window, padded: jax.Array, kernel: tuple[int, int], axes: tuple[int, int]) -> Iterator[jax.Array]:
     """What each place of the kernel sees of a padded picture, row by row."""
     s, d = window.stride, window.dilation
     sizes = [(padded.shape[axis] - d * (k - 1) - 1) // s + 1 for axis, k in zip(axes, kernel, strict=True)]
@@ -152,7 +152,7 @@ def _shifted_dw(window: Window, kernel: tuple[int, int], x: jax.Array, dy: jax.A
     def example(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, dy = pair
         padded = jnp.pad(x, (*window.pads, (0, 0)))
-        terms = [tap.astype(wide) * dy.astype(wide) for tap in _taps(window, padded, kernel, (0, 1))]
+        terms = [tap.astype(wide) * dy.astype(wide) for tap in taps(window, padded, kernel, (0, 1))]
         return total + jnp.stack(lax.reduce(terms, [zero] * len(terms), _add, (0, 1))), None
 
     start = jnp.zeros((kernel[0] * kernel[1], x.shape[-1]), wide)

@@ -63,7 +63,12 @@ def keras_rules(config: VggConfig) -> Sequence[KeyRule]:
 
 # What does not have the shape that a layout is for is given back as it is, for `convert` to report.
 
-POINT = Layout(lambda x: x[:, :, 0, 0].T if x.shape[2:] == (1, 1) else x, lambda x: x.T[:, :, None, None])
+
+def _point(x: np.ndarray) -> np.ndarray:
+    return x[:, :, 0, 0].T if x.shape[2:] == (1, 1) else x
+
+
+POINT = Layout(_point, lambda x: x.T[:, :, None, None], _point)
 """PyTorch's kernels of one pixel `[out, in, 1, 1]` against `[in, out]`."""
 
 
@@ -85,7 +90,7 @@ def _flat_rows(config: VggConfig) -> Layout:
         fits = x.ndim == 2 and x.shape[1] == math.prod(window)
         return HWIO.read(x.reshape(-1, *window)) if fits else x
 
-    return Layout(read, lambda x: HWIO.write(x).reshape(x.shape[-1], -1))
+    return Layout(read, lambda x: HWIO.write(x).reshape(x.shape[-1], -1), read)
 
 
 def keras_name(name: str) -> str:

@@ -33,7 +33,7 @@ def _third(part: int) -> Layout:
         whole[part] = x.T
         return whole.reshape(-1, *x.T.shape[1:])
 
-    return Layout(lambda x: x[part * (len(x) // 3) : (part + 1) * (len(x) // 3)].T, write)
+    return Layout(lambda x: x[part * (len(x) // 3) : (part + 1) * (len(x) // 3)].T, write, np.transpose, (part, 3))
 
 
 _PARTS = {"query": _third(0), "key": _third(1), "value": _third(2)}

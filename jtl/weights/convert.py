@@ -4,7 +4,9 @@ Every leaf is filled by a rule or listed as newly initialised, every tensor is u
 ignored; anything else is an error that names it. Nothing is left random without being said.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from jtl import rules
 from jtl import tree as jtree
 from jtl.errors import WeightsError
 from jtl.typing import Params
+from jtl.weights.reading import Memory, rows_last
 
 
 class Layout(NamedTuple):
@@ -22,20 +25,29 @@ class Layout(NamedTuple):
     Attributes:
       read: from the checkpoint's array to the tree's.
       write: the inverse.
+      turn: where the tensor's rows become the leaf's last axis, `read` of some of them, so that a tensor need not be
+        held whole: `read(x)[..., a:b]` is `turn(rows[a:b])`. None in all other cases.
+      part: `(k, n)`, the leaf has the k-th of n equal parts of the tensor's rows; with `turn`.
     """
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
+    turn: Callable[[np.ndarray], np.ndarray] | None = None
+    part: tuple[int, int] = (0, 1)
 
 
 KEEP = Layout(lambda x: x, lambda x: x)
 """The same axes: vectors, embedding tables."""
 
-TRANSPOSE = Layout(np.transpose, np.transpose)
+TRANSPOSE = Layout(np.transpose, np.transpose, np.transpose)
 """PyTorch's linear weights `[out, in]` against `[in, out]`."""
 
 
-HWIO = Layout(lambda x: np.transpose(x, (2, 3, 1, 0)), lambda x: np.transpose(x, (3, 2, 0, 1)))
+def _hwio(x: np.ndarray) -> np.ndarray:
+    return np.transpose(x, (2, 3, 1, 0))
+
+
+HWIO = Layout(_hwio, lambda x: np.transpose(x, (3, 2, 0, 1)), _hwio)
 """PyTorch's kernels of two dimensions `[out, in, height, width]` against `[height, width, in, out]`."""
 
 
@@ -74,7 +86,8 @@ def convert(
       ignored: patterns over tensor names, with `/` for `.`, that have no place in the tree.
       name: what errors call the checkpoint.
       adapt: `(path, array, shape)` to an array of the shape that a leaf needs, where the family can change it.
-      finish: `(path, array)` to the leaf that is kept, so that no more than one is held twice.
+      finish: `(path, array)` to the leaf that is kept, so that no more than one is held twice. The array is its own:
+        nothing else reads or writes its memory.
 
     Returns:
       Arrays in the structure of `target`, `None` for new leaves.
@@ -104,11 +117,15 @@ def convert(
             faults.append(f"{source} has shape {got}, {path} expects {expected}")
     _raise(name, faults)
     filled: dict[str, Any] = {}
-    for path, (leaf, source, layout) in leaves.items():
-        array = adapt(path, layout.read(tensors[source]), leaf.shape)
-        if not _finite(array):
-            faults.append(f"{source} holds values that are not finite")
-        filled[path] = finish(path, array)
+    memory = Memory()
+    with ThreadPoolExecutor(1) as helper:
+        for path, (leaf, source, layout) in leaves.items():
+            array = _streamed(memory, path, leaf, tensors, source, layout, adapt, helper)
+            if array is None:
+                array = memory.copy(adapt(path, layout.read(tensors[source]), leaf.shape))
+            if not _finite(array):
+                faults.append(f"{source} holds values that are not finite")
+            filled[path] = finish(path, array)
     _raise(name, faults)
     return jtree.map_with_paths(lambda path, _: filled.get(path), target)
 
@@ -127,13 +144,39 @@ def _fits(path: str, leaf: Any, layout: Layout, shape: tuple[int, ...], adapt: C
         return False
 
 
+def _streamed(
+    memory: Memory,
+    path: str,
+    leaf: Any,
+    tensors: Mapping[str, np.ndarray],
+    source: str,
+    layout: Layout,
+    adapt: Callable[..., np.ndarray],
+    helper: Executor,
+) -> np.ndarray | None:
+    """A leaf straight from the file; None where its tensor has to be held whole."""
+    stream = getattr(tensors, "stream", None)
+    if stream is None or (layout.turn is None and layout is not KEEP):
+        return None
+    shape, dtype = tensors.signatures[source]  # pyright: ignore[reportAttributeAccessIssue]
+    seen = layout.read(np.broadcast_to(np.float32(0), shape))
+    if adapt(path, seen, leaf.shape) is not seen:
+        return None
+    array = memory.empty(leaf.shape, dtype)
+    if layout.turn is None:
+        deque(stream(source, 0, [array]), maxlen=0)
+    else:
+        first = layout.part[0] * (shape[0] // layout.part[1])
+        rows_last(stream, source, first, array, shape[1:], layout.turn, helper)
+    return array
+
+
 def _finite(array: np.ndarray) -> bool:
     # A sum of finite values may overflow, so it only says that all is well; it takes a tenth of the time.
     if not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
         return True
     with np.errstate(over="ignore", invalid="ignore"):
-        flat = array.T if array.flags.f_contiguous else array
-        return bool(np.isfinite(np.sum(flat, dtype=np.float32))) or bool(np.isfinite(array).all())
+        return bool(np.isfinite(np.sum(array, dtype=np.float32))) or bool(np.isfinite(array).all())
 
 
 def _raise(name: str, faults: Sequence[str]) -> None:
@@ -175,3 +218,22 @@ def as_dtype(leaf: np.ndarray | jax.Array, dtype: Any) -> jax.Array:
     """
     floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
     return jax.numpy.asarray(leaf, dtype=dtype if floating and dtype is not None else leaf.dtype)
+
+
+def owned(array: np.ndarray, dtype: Any) -> jax.Array:
+    """A device array as `as_dtype` makes it, of an array that nobody else will write: the CPU shares its memory.
+
+    XLA does not write it either: a step to which the array is donated has its result elsewhere.
+
+    Args:
+      array: of `reading.Memory`; one that is not aligned is copied.
+      dtype: of floats; `None` keeps the array's own.
+    """
+    floating = jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+    wanted = np.dtype(dtype) if floating and dtype is not None else array.dtype
+    if wanted != array.dtype or jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        return as_dtype(array, dtype)
+    placed = jax.device_put(array)
+    if placed.devices().pop().platform != "cpu":
+        placed.block_until_ready()  # or all of the checkpoint waits in the host's memory to be copied
+    return placed

@@ -10,9 +10,10 @@ name a file beside it.
 """
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jtl.errors import SourceNotFoundError, WeightsError
+from jtl.weights.reading import Stream, file_into, file_state
 
 SINGLE = "model.safetensors"
 """The file of an unsharded folder."""
@@ -74,38 +76,53 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       SourceNotFoundError: the file, the folder's weights or a shard does not exist.
       WeightsError: a file is damaged, has a dtype that numpy cannot hold, or disagrees with its index.
     """
-    return _gather(Path(path), lambda file, handle, name: handle.get_tensor(name))
+    signatures, read, _ = opened(path)
+    return {name: read(name) for name in signatures}
 
 
-def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Signature], Callable[[str], np.ndarray]]:
+def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Signature], Callable[[str], np.ndarray], Stream]:
     """Open a checkpoint without reading its tensors.
 
     Args:
       path: as for `read_tensors`.
 
     Returns:
-      A `Signature` by tensor name, and a function that reads one tensor by its name.
+      A `Signature` by tensor name, a function that reads one tensor by its name, and one that reads rows of it.
 
     Raises:
       SourceNotFoundError: as for `read_tensors`.
-      WeightsError: as for `read_tensors`.
+      WeightsError: as for `read_tensors`; the functions also where the file has changed.
     """
     files: dict[str, Path] = {}
+    headers: dict[Path, tuple[tuple[int, int], dict[str, int]]] = {}
 
     def seen(file: Path, handle: Any, name: str) -> Signature:
         files[name] = file
+        if file not in headers:
+            headers[file] = _offsets(file)
         return _signature(handle, name)
 
     signatures = _gather(Path(path), seen)
-    handles: dict[Path, Any] = {}
+
+    def stream(name: str, row: int, arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        state, offsets = headers[files[name]]
+        size = math.prod(signatures[name].shape[1:]) * np.dtype(signatures[name].dtype).itemsize
+        return file_into(files[name], state, offsets[name] + row * size, arrays)
 
     def read(name: str) -> np.ndarray:
-        file = files[name]
-        if file not in handles:
-            handles[file] = safe_open(file, framework="np")
-        return handles[file].get_tensor(name)
+        (array,) = stream(name, 0, [np.empty(*signatures[name])])
+        return array
 
-    return signatures, read
+    return signatures, read, stream
+
+
+def _offsets(file: Path) -> tuple[tuple[int, int], dict[str, int]]:
+    """A file's state, and where each tensor begins by its header, which the library has found to describe the file."""
+    with open(file, "rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8))
+        starts = {name: start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+        return file_state(stream), starts
 
 
 def shapes(path: str | os.PathLike[str]) -> dict[str, Signature]:
@@ -178,24 +195,37 @@ def _gather_file(path: Path, read: Callable[[Path, Any, str], _T], declared: set
     with _opened(path) as handle:
         names = list(handle.keys())
         if declared is not None:
-            _check_shard(path, set(names), declared)
+            check_shard(path, set(names), declared)
         for name in names:
             _check_dtype(path, name, handle.get_slice(name).get_dtype())
         return {name: read(path, handle, name) for name in names}
 
 
 def _gather_shards(index: Path, read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in _weight_map(index).items():
-        shards.setdefault(shard, set()).add(tensor)
-    missing = [shard for shard in sorted(shards) if not (index.parent / shard).is_file()]
+    found: dict[str, _T] = {}
+    for file, declared in shards(index).items():
+        found |= _gather_file(file, read, declared)
+    return found
+
+
+def shards(index: Path) -> dict[Path, set[str]]:
+    """The names of the tensors that an index places in each shard.
+
+    Args:
+      index: as safetensors and PyTorch's sharded checkpoints have it.
+
+    Raises:
+      SourceNotFoundError: the index or a shard does not exist.
+      WeightsError: the index is damaged, or names a file that is not beside it.
+    """
+    found: dict[Path, set[str]] = {}
+    for tensor, shard in sorted(_weight_map(index).items(), key=lambda entry: entry[1]):
+        found.setdefault(index.parent / shard, set()).add(tensor)
+    missing = [file.name for file in found if not file.is_file()]
     if missing:
         raise SourceNotFoundError(
             f"{index} names shards that are not beside it: {', '.join(missing)}; fetch the checkpoint again"
         )
-    found: dict[str, _T] = {}
-    for shard, declared in sorted(shards.items()):
-        found |= _gather_file(index.parent / shard, read, declared)
     return found
 
 
@@ -228,7 +258,17 @@ def _is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
 
 
-def _check_shard(path: Path, held: set[str], declared: set[str]) -> None:
+def check_shard(path: Path, held: set[str], declared: set[str]) -> None:
+    """Hold a shard to its index.
+
+    Args:
+      path: of the shard.
+      held: the tensors in it.
+      declared: those that the index places there.
+
+    Raises:
+      WeightsError: they differ.
+    """
     if absent := sorted(declared - held):
         raise WeightsError(f"{path} lacks tensors that its index places there: {_few(absent)}; fetch it again")
     if extra := sorted(held - declared):

@@ -1,25 +1,27 @@
 """Where a model's files come from: a local folder, an asset of the package index, or a repository of the hub.
 
-Only data files are ever fetched from the hub (configurations, vocabularies, safetensors); code in a
-repository is neither downloaded nor run.
+Only data files are ever fetched from the hub (configurations, vocabularies, weights); code in a repository is
+neither downloaded nor run, and PyTorch's files, which are fetched where there are no safetensors, are read without it.
 """
 
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jtl.errors import ConfigError, SourceNotFoundError
 from jtl.weights import assets, digest
 from jtl.weights.safetensors import INDEX, SINGLE
+from jtl.weights.tensors import TORCH_INDEX, TORCH_SINGLE
 
 _log = logging.getLogger("jtl")
 
 _LOCAL_FILES = {".safetensors", ".pth", ".pt", ".bin", ".h5"}
 
-# The weights by their exact names: repositories often hold the same weights in other precisions and layouts.
-_HUB_PATTERNS = ["*.json", "*.txt", "*.model", SINGLE, "model-*.safetensors"]
+_HUB_PATTERNS = ["*.json", "*.txt", "*.model"]
+"""The files of a repository beside its weights."""
 
 _PROBE_SECONDS = 5.0
 
@@ -117,8 +119,9 @@ def _hub(repo: str, revision: str | None) -> Path:
             f"{repo!r} is no folder, no asset ({', '.join(sorted(assets.ASSETS))}) and no hub id: {error}"
         ) from error
     folder = _online(repo, revision) if not assets.offline() else _cached(repo, revision, "offline mode is on")
-    for file in folder.glob("*.safetensors"):
-        _verify_blob(file)
+    for file in folder.iterdir():
+        if file.suffix in _LOCAL_FILES:
+            _verify_blob(file)
     return folder
 
 
@@ -139,9 +142,9 @@ def _online(repo: str, revision: str | None) -> Path:
         reason = f"the hub does not answer ({_first_line(error)})"
         _log.warning("%s: looking for %s in the hub's cache", reason, repo)
         return _cached(repo, revision, reason)
-    _check_weights(repo, files)
+    weights = _weights(repo, files)
     try:
-        return _snapshot(repo, revision)
+        return _snapshot(repo, revision, weights)
     except (HTTPError, OSError) as error:
         raise SourceNotFoundError(
             f"the download of {repo!r} broke off: {_first_line(error)}; "
@@ -172,17 +175,17 @@ def _cached(repo: str, revision: str | None, reason: str) -> Path:
             f"the hub's cache does not hold all of {wanted}, and {reason}{_assets_instead(repo)}; "
             "fetch it once with a connection, or give the path of a local folder"
         ) from error
-    _check_weights(repo, [path.name for path in folder.iterdir()])
+    _weights(repo, [path.name for path in folder.iterdir()])
     return folder
 
 
-def _snapshot(repo: str, revision: str | None, *, local_files_only: bool = False) -> Path:
+def _snapshot(repo: str, revision: str | None, weights: Sequence[str] = (), *, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = snapshot_download(
         repo,
         revision=revision,
-        allow_patterns=_HUB_PATTERNS,
+        allow_patterns=[*_HUB_PATTERNS, *weights],
         endpoint=_endpoint(),
         local_files_only=local_files_only,
     )
@@ -194,15 +197,25 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
-def _check_weights(repo: str, files: list[str]) -> None:
-    """Refuse a repository without weights, which `snapshot_download` would fetch without complaint."""
+def _weights(repo: str, files: Sequence[str]) -> list[str]:
+    """Patterns of the one set of weights to fetch: repositories often hold them in other precisions and layouts too.
+
+    A repository without any is refused; `snapshot_download` would fetch it without complaint.
+    """
     if SINGLE in files or INDEX in files:
-        return
+        return [SINGLE, "model-*.safetensors"]
+    if TORCH_SINGLE in files:
+        return [TORCH_SINGLE]
+    if TORCH_INDEX in files:
+        return ["pytorch_model-*.bin"]
+    single = [name for name in files if "/" not in name and name.endswith((".pth", ".pt"))]
+    if len(single) == 1:
+        return single
     formats = (".safetensors", ".bin", ".pth", ".pt", ".h5", ".msgpack", ".ckpt")
     held = ", ".join(sorted(name for name in files if name.endswith(formats))) or "no weights at all"
     raise SourceNotFoundError(
-        f"the repository {repo!r} has neither {SINGLE} nor {INDEX}, it holds: {held}; "
-        "ask its authors for safetensors, or convert it and give the path of the local folder"
+        f"the repository {repo!r} has neither {SINGLE} nor {INDEX}, nor weights of PyTorch's that could be told from "
+        f"others, it holds: {held}; ask its authors for safetensors, or convert it and give the path of a local folder"
     )
 
 

@@ -7,9 +7,13 @@ import numpy as np
 
 from jtl.errors import SourceNotFoundError, WeightsError
 from jtl.weights import keras_file, safetensors, torch_file
+from jtl.weights.reading import Stream
 from jtl.weights.safetensors import Signature
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""The names that transformers gave its files before safetensors."""
+
 KERAS_SUFFIXES = (".h5", ".hdf5")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, *KERAS_SUFFIXES)
 """The files that hold weights, the preferred first."""
@@ -20,10 +24,14 @@ class Tensors(Mapping[str, np.ndarray]):
 
     Attributes:
       signatures: shape and dtype by name.
+      stream: reads a tensor's rows without holding it whole; None for files that cannot.
     """
 
-    def __init__(self, signatures: Mapping[str, Signature], read: Callable[[str], np.ndarray]):
+    def __init__(
+        self, signatures: Mapping[str, Signature], read: Callable[[str], np.ndarray], stream: Stream | None = None
+    ):
         self.signatures = dict(signatures)
+        self.stream = stream
         self._read = read
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -55,7 +63,10 @@ class Tensors(Mapping[str, np.ndarray]):
             twin = old.setdefault(rename(tensor), tensor)
             if twin != tensor:
                 raise WeightsError(f"{source} holds {twin} and {tensor}, two spellings of {rename(tensor)}: remove one")
-        return Tensors({new: self.signatures[name] for new, name in old.items()}, lambda name: self._read(old[name]))
+        inner = self.stream
+        stream = inner and (lambda name, row, arrays: inner(old[name], row, arrays))
+        signatures = {new: self.signatures[name] for new, name in old.items()}
+        return Tensors(signatures, lambda name: self._read(old[name]), stream)
 
 
 def open_tensors(path: Path) -> Tensors:
@@ -64,13 +75,15 @@ def open_tensors(path: Path) -> Tensors:
     A folder has `model.safetensors`, an index of shards, or a single file of another kind.
 
     Args:
-      path: a file of one of `SUFFIXES`, an index of safetensors shards, or a folder.
+      path: a file of one of `SUFFIXES`, an index of shards, or a folder.
 
     Raises:
       SourceNotFoundError: there are no weights.
       WeightsError: a file is damaged, or of a kind that is not read.
     """
     file = _weights_file(path)
+    if file.name.endswith(".bin.index.json"):
+        return _torch_shards(file)
     if file.suffix in TORCH_SUFFIXES:
         return Tensors(*torch_file.opened(file))
     if file.suffix in KERAS_SUFFIXES:
@@ -82,6 +95,8 @@ def _weights_file(path: Path) -> Path:
     if not path.is_dir() or any((path / name).is_file() for name in (safetensors.SINGLE, safetensors.INDEX)):
         return path
     for suffix in SUFFIXES:
+        if suffix == ".bin" and (path / TORCH_INDEX).is_file() and not (path / TORCH_SINGLE).is_file():
+            return path / TORCH_INDEX
         found = sorted(file for file in path.iterdir() if file.suffix == suffix and file.name != "training_args.bin")
         if len(found) == 1:
             return found[0]
@@ -89,3 +104,14 @@ def _weights_file(path: Path) -> Path:
             names = ", ".join(file.name for file in found[:8])
             raise SourceNotFoundError(f"{path} holds several files of weights, {names}: give the path of the one meant")
     return path
+
+
+def _torch_shards(index: Path) -> Tensors:
+    signatures: dict[str, Signature] = {}
+    reader: dict[str, Callable[[str], np.ndarray]] = {}
+    for file, declared in safetensors.shards(index).items():
+        held, read = torch_file.opened(file)
+        safetensors.check_shard(file, set(held), declared)
+        signatures |= held
+        reader |= dict.fromkeys(held, read)
+    return Tensors(signatures, lambda name: reader[name](name))

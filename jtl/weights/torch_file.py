@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jtl.errors import SourceNotFoundError, WeightsError
+from jtl.weights.reading import file_state
 from jtl.weights.safetensors import Signature
 from jtl.weights.torch_layouts import contents
 from jtl.weights.torch_machine import DAMAGED, TENSORS, Allowance, shown
@@ -121,13 +122,13 @@ def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Signature], Callable
     """
     with _named(path), open(path, "rb") as file:
         found = views(file)
-        state = _state(file)
+        state = file_state(file)
 
     def read(name: str) -> np.ndarray:
         with _named(path), open(path, "rb") as file:
             if name not in found:
                 raise WeightsError(f"it has no tensor {shown(name)}")
-            if _state(file) != state:
+            if file_state(file) != state:
                 raise WeightsError("it changed while it was read: read it again")
             return array(file, found[name])
 
@@ -305,9 +306,3 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-
-
-def _state(file: io.BufferedIOBase) -> tuple[int, int]:
-    """What changes when a file is written."""
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns

@@ -169,7 +169,8 @@ def assert_gradients_close(got, expected, tolerance=GRADIENTS):
     right = dict(jtl.tree.leaves_with_paths(expected))
     for path, leaf in jtl.tree.leaves_with_paths(got):
         error, size = np.max(np.abs(np.asarray(leaf, np.float64) - right[path])), np.max(np.abs(right[path]))
-        assert error <= tolerance * size + floor, f"{path}: off by {error:.2e}, with magnitudes up to {size:.2e}, floor {floor:.2e}"
+        message = f"{path}: off by {error:.2e}, with magnitudes up to {size:.2e}, floor {floor:.2e}"
+        assert error <= tolerance * size + floor, message
 
 
 def gradients(family, model, reference, layout=None):
@@ -210,8 +211,9 @@ def _away_from_kinks(reference, run, images, weights, tolerance, before):
 
     for _ in range(200):  # of a deep network with ReLU6, one picture in thirty
         here = found(images)
+        floor = noise(here)
 
-        def differ(a, b, floor=noise(here)):
+        def differ(a, b, floor=floor):
             return np.max(np.abs(a - b)) > 5 * tolerance * np.max(np.abs(a)) + floor
 
         for _ in range(3):

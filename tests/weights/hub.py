@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_large(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin"))
+    return name.endswith((".safetensors", ".bin", ".pth"))
 
 
 def _etag(name: str, data: bytes) -> str:

@@ -1,5 +1,6 @@
 """Where `resolve` looks, in which order, and what it says when it finds nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from jtl.errors import ConfigError, DigestError, SourceNotFoundError
+from jtl.errors import ConfigError, DigestError, SourceNotFoundError, WeightsError
 from jtl.weights import assets, source
 from jtl.weights.safetensors import read_tensors, write_tensors
+from jtl.weights.tensors import open_tensors
 
+from . import torch_bytes as torch
 from .hub import Commit, Hub
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -30,8 +33,13 @@ def hub(tmp_path, monkeypatch):
         "config.json": b"{}",
         "vocab.txt": b"a\nb",
         "modeling.py": b"raise SystemExit",
-        "pytorch_model.bin": b"?",
+        "pytorch_model.bin": torch_bytes(3.0),
     }
+    shards = {
+        "pytorch_model-00001-of-00002.bin": torch_bytes(4.0),
+        "pytorch_model-00002-of-00002.bin": torch_bytes(5.0, "v"),
+    }
+    torch_index = b'{"weight_map": {"w": "pytorch_model-00001-of-00002.bin", "v": "pytorch_model-00002-of-00002.bin"}}'
     index = b'{"weight_map": {"w": "model-00001-of-00001.safetensors"}}'
     repos = {
         "org/model": (
@@ -40,7 +48,10 @@ def hub(tmp_path, monkeypatch):
         ),
         "bare-name": (Commit(NEW, {"model.safetensors": new}),),
         "org/sharded": (Commit(NEW, {"model.safetensors.index.json": index, "model-00001-of-00001.safetensors": new}),),
-        "org/pickled": (Commit(NEW, files),),
+        "org/pickled": (Commit(NEW, files | {"training_args.bin": b"?", "tf_model.h5": b"?"}),),
+        "org/pickled-shards": (Commit(NEW, {"pytorch_model.bin.index.json": torch_index, **shards}),),
+        "org/pth": (Commit(NEW, {"config.json": b"{}", "model.pth": torch_bytes(6.0)}),),
+        "org/many": (Commit(NEW, {"a.pth": torch_bytes(6.0), "b.pth": torch_bytes(6.0), "tf_model.h5": b"?"}),),
         "org/gated": (Commit(NEW, {"model.safetensors": new}),),
     }
     with Hub(repos) as hub:
@@ -53,6 +64,12 @@ def _weights(folder: Path, value: float) -> bytes:
     path = folder / "scratch.safetensors"
     write_tensors(path, {"w": np.full(100, value)})
     return path.read_bytes()
+
+
+def torch_bytes(value: float, name: str = "w") -> bytes:
+    """What `torch.save({name: torch.full((4,), value)})` writes."""
+    code = torch.program(torch.mapping({name: torch.vector("0", 4)}))
+    return torch.zipped(code, {"0": np.full(4, value, np.float32).tobytes()})
 
 
 def _first(found: source.Source) -> float:
@@ -221,9 +238,60 @@ def test_a_gated_repository(hub):
         source.resolve("org/gated")
 
 
-def test_a_repository_without_safetensors_is_refused_before_any_download(hub):
-    with pytest.raises(SourceNotFoundError, match=r"neither model\.safetensors nor .* it holds: pytorch_model\.bin"):
-        source.resolve("org/pickled")
+@pytest.mark.parametrize(
+    ("repo", "fetched", "value"),
+    [
+        ("org/pickled", {"config.json", "vocab.txt", "pytorch_model.bin"}, 3.0),
+        ("org/pth", {"config.json", "model.pth"}, 6.0),
+    ],
+)
+def test_weights_of_pytorch_are_fetched_where_there_are_no_safetensors(hub, monkeypatch, repo, fetched, value):
+    found = source.resolve(repo)
+    assert {path.name for path in found.path.iterdir()} == fetched
+    assert open_tensors(found.path)["w"].tolist() == [value] * 4
+    monkeypatch.setenv("JTL_OFFLINE", "1")
+    hub.requests.clear()
+    assert source.resolve(repo) == found
+    assert not hub.requests
+
+
+def test_shards_of_pytorch_are_read_as_one(hub, monkeypatch):
+    found = source.resolve("org/pickled-shards")
+    for path in (found.path, found.path / "pytorch_model.bin.index.json"):
+        tensors = open_tensors(path)
+        assert {name: float(tensors[name][0]) for name in tensors} == {"w": 4.0, "v": 5.0}
+    monkeypatch.setenv("JTL_OFFLINE", "1")
+    assert source.resolve("org/pickled-shards") == found
+
+
+def test_shards_of_pytorch_agree_with_their_index(tmp_path):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    (tmp_path / "a.bin").write_bytes(torch_bytes(1.0))
+    for names, message in (
+        ({"w": "a.bin", "v": "a.bin"}, "lacks tensors .*: v"),
+        ({"w": "../a.bin"}, "names the shard"),
+    ):
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(WeightsError, match=message):
+            open_tensors(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"w": "b.bin"}}))
+    with pytest.raises(SourceNotFoundError, match=r"not beside it: b\.bin"):
+        open_tensors(tmp_path)
+
+
+def test_safetensors_are_preferred(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(torch_bytes(1.0))
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    assert open_tensors(tmp_path)["w"][0] == 1.0
+    write_tensors(tmp_path / "model.safetensors", {"w": np.full(4, 2.0)})
+    assert open_tensors(tmp_path)["w"][0] == 2.0
+
+
+def test_a_repository_without_weights_that_are_read_is_refused_before_any_download(hub):
+    with pytest.raises(
+        SourceNotFoundError, match=r"neither model\.safetensors nor .* holds: a\.pth, b\.pth, tf_model\.h5"
+    ):
+        source.resolve("org/many")
     assert not [path for path in hub.requests if "/resolve/" in path]
 
 
