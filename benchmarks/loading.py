@@ -65,7 +65,7 @@ def write(folder: Path, layout: str) -> None:
         source, axes = convert.locate(path, keys)
         shape = axes.write(np.broadcast_to(np.float32(0), leaf.shape)).shape
         tensors[source] = rng.normal(0, 0.02, shape).astype(np.float32)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     safetensors.write_tensors(folder / safetensors.SINGLE, tensors, metadata={"format": "pt"})
     settings = {"architecture": MODEL, "num_classes": OUTPUTS, "pretrained_cfg": {"input_size": [3, 224, 224]}}
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -18,7 +18,9 @@ from jtl.models.tracing import variable_shapes
 from jtl.typing import Key, PyTree
 from jtl.weights import convert
 from jtl.weights.convert import KeyRule
+from jtl.weights.reading import Memory
 from jtl.weights.source import Source, resolve
+from jtl.weights.tensors import Tensors
 
 
 def load(
@@ -74,7 +76,9 @@ def load(
     family, model = checkpoint.family, checkpoint.family.build(checkpoint.config, head or checkpoint.head)
     if not pretrained:
         return model, _random(family, model, key, dtype)
-    variables = _filled(checkpoint, model, dtype, new_head=head is not None)
+    tensors = Tensors({}, {}.__getitem__) if checkpoint.tensors is None else checkpoint.tensors
+    with tensors.memory() as memory:  # whose pages come while the shapes are traced
+        variables = _filled(checkpoint, model, tensors, memory, dtype, new_head=head is not None)
     if head is not None:
         for collection, tree in _random(family, model, key, dtype, "head").items():
             variables[collection] |= tree
@@ -101,7 +105,9 @@ def shapes(family: Family, model: Any) -> dict[str, PyTree]:
     return variable_shapes(model, family.example(model.config))
 
 
-def _filled(checkpoint: Checkpoint, model: Any, dtype: Any, *, new_head: bool) -> dict[str, PyTree]:
+def _filled(
+    checkpoint: Checkpoint, model: Any, tensors: Tensors, memory: Memory, dtype: Any, *, new_head: bool
+) -> dict[str, PyTree]:
     """The variables of a checkpoint; None in the place of a new head's."""
     family, config, layout = checkpoint.family, checkpoint.config, checkpoint.layout
     target = shapes(family, model)
@@ -120,13 +126,14 @@ def _filled(checkpoint: Checkpoint, model: Any, dtype: Any, *, new_head: bool) -
 
     filled = convert.convert(
         {path.partition("/")[2]: leaf for path, leaf in jtree.leaves_with_paths(target)},
-        checkpoint.tensors or {},
+        tensors,
         keys,
         new=("head",) if new_head else (),
         ignored=ignored,
         name=checkpoint.source.name,
         adapt=functools.partial(family.adapt, config),
         finish=finish,
+        memory=memory,
     )
     return jtree.map_with_paths(lambda path, _: filled[path.partition("/")[2]], target)
 

@@ -209,14 +209,15 @@ def _(window: int, stride: int, padding: int, primals: Any, tangents: Any) -> tu
     def native(x: jax.Array, dx: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(plain, (x,), (dx,))
 
-    return jax.lax.platform_dependent(*primals, *tangents, cpu=shifted, default=native)
+    both: Any = jax.lax.platform_dependent(*primals, *tangents, cpu=shifted, default=native)
+    return both
 
 
 def _shifted_max_pool(
     window: int, stride: int, padding: int, x: jax.Array, dx: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The maxima, and of the tangents those at the first place of each."""
-    place = Window(stride, 1, ((padding, padding),) * 2)
+    place = Window(stride, 1, ((padding, padding), (padding, padding)))
     around = ((0, 0), *place.pads, (0, 0))
     values, slopes = jnp.pad(x, around, constant_values=-jnp.inf), jnp.pad(dx, around)
     seen, moved = (list(taps(place, padded, (window, window), (1, 2))) for padded in (values, slopes))

@@ -6,7 +6,7 @@ ignored; anything else is an error that names it. Nothing is left random without
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +75,7 @@ def convert(
     name: str = "the checkpoint",
     adapt: Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray] = lambda path, array, shape: array,
     finish: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    memory: Memory | None = None,
 ) -> Params:
     """Fill a tree from a checkpoint's tensors.
 
@@ -88,6 +89,7 @@ def convert(
       adapt: `(path, array, shape)` to an array of the shape that a leaf needs, where the family can change it.
       finish: `(path, array)` to the leaf that is kept, so that no more than one is held twice. The array is its own:
         nothing else reads or writes its memory.
+      memory: for the arrays.
 
     Returns:
       Arrays in the structure of `target`, `None` for new leaves.
@@ -116,18 +118,25 @@ def convert(
             got, expected = shape_of(tensors, source), _source_shape(leaf, layout)
             faults.append(f"{source} has shape {got}, {path} expects {expected}")
     _raise(name, faults)
-    filled: dict[str, Any] = {}
-    memory = Memory()
-    with ThreadPoolExecutor(1) as helper:
-        for path, (leaf, source, layout) in leaves.items():
-            array = _streamed(memory, path, leaf, tensors, source, layout, adapt, helper)
-            if array is None:
-                array = memory.copy(adapt(path, layout.read(tensors[source]), leaf.shape))
-            if not _finite(array):
-                faults.append(f"{source} holds values that are not finite")
-            filled[path] = finish(path, array)
+    place = memory or Memory()
+
+    def fill(path: str) -> tuple[Any, bool]:
+        leaf, source, layout = leaves[path]
+        array = _streamed(place, path, leaf, tensors, source, layout, adapt)
+        if array is None:
+            array = place.copy(adapt(path, layout.read(tensors[source]), leaf.shape))
+        return finish(path, array), _finite(array)
+
+    # Reading, turning and checking release the lock of the interpreter; other kinds of files are read by one thread.
+    with ThreadPoolExecutor(2 if getattr(tensors, "stream", None) else 1) as pool:
+        filled = dict(zip(leaves, pool.map(fill, leaves), strict=True))
+    faults += [
+        f"{leaves[path][1]} holds values that are not finite"
+        for path, (_, is_finite) in filled.items()
+        if not is_finite
+    ]
     _raise(name, faults)
-    return jtree.map_with_paths(lambda path, _: filled.get(path), target)
+    return jtree.map_with_paths(lambda path, _: filled.get(path, (None,))[0], target)
 
 
 def shape_of(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
@@ -152,7 +161,6 @@ def _streamed(
     source: str,
     layout: Layout,
     adapt: Callable[..., np.ndarray],
-    helper: Executor,
 ) -> np.ndarray | None:
     """A leaf straight from the file; None where its tensor has to be held whole."""
     stream = getattr(tensors, "stream", None)
@@ -167,7 +175,7 @@ def _streamed(
         deque(stream(source, 0, [array]), maxlen=0)
     else:
         first = layout.part[0] * (shape[0] // layout.part[1])
-        rows_last(stream, source, first, array, shape[1:], layout.turn, helper)
+        rows_last(stream, source, first, array, shape[1:], layout.turn)
     return array
 
 

@@ -6,15 +6,18 @@
 A tensor is never held whole beside its leaf, so that reading a checkpoint takes little more memory than it has bytes.
 """
 
+import ctypes
 import io
 import math
 import mmap
 import os
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,21 +31,38 @@ _LINE = 64
 
 _CHUNK = 32 << 20
 
-# What is turned stays in a core's cache.
-_BLOCK = 128 << 10
+_STEP, _AHEAD = 4 << 20, 512 << 20
+"""Bytes of pages that are asked for at once, and at most before their use."""
 
-# Below it, a second thread costs more than it reads.
-_SHARED = 1 << 20
+_RELEASED = 64 << 10
+"""Smaller arrays have too few pages of their own to give back."""
+
+_DONTNEED, _POPULATE_WRITE = 4, 23  # of Linux, where Python's mmap may not know them
+
+# Larger than what stays warm in a core's second cache would be read from memory again.
+_BLOCK = 1 << 20
 
 
 class Memory:
-    """Aligned arrays, cut one after another from large chunks of anonymous memory.
+    """Aligned arrays, cut one after another from anonymous memory; for several threads.
 
-    A chunk is given back to the system when the last of its arrays is gone.
+    An array's pages go back to the system when it is gone. Getting them takes longer than reading a file from the
+    system's cache, so a thread asks for those of the first `size` bytes ahead of their use, until the context ends.
+
+    Args:
+      size: bytes that will be wanted, alignment included; more than that are found as well.
     """
 
-    def __init__(self) -> None:
-        self._chunk, self._used, self._ready = _anonymous(1), 1, 1
+    def __init__(self, size: int = 0):
+        self._pages, self._used, self._lock, self._ended = _Pages(max(size, 1)), 0, threading.Lock(), False
+        if size:
+            threading.Thread(target=self._fetch, args=(self._pages,), daemon=True).start()
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
 
     def empty(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
         """A contiguous array whose values are undefined.
@@ -51,15 +71,14 @@ class Memory:
           shape: of the array.
           dtype: of the array.
         """
-        dtype = np.dtype(dtype)
-        size, count = math.prod(shape) * dtype.itemsize, math.prod(shape)
-        start = -(-self._used // _LINE) * _LINE
-        if start + size > len(self._chunk):
-            # Not np.empty: it asks for huge pages, whose first touch is slow on virtual machines.
-            self._chunk, start, self._ready = _anonymous(max(size, _CHUNK)), 0, 0
-        self._used = start + size
-        self._fault_in()
-        return np.frombuffer(self._chunk, dtype, count, start).reshape(shape)
+        dtype, count = np.dtype(dtype), math.prod(shape)
+        with self._lock:
+            start, size = -(-self._used // _LINE) * _LINE, count * dtype.itemsize
+            if start + size > self._pages.size:
+                # Not np.empty: it asks for huge pages, whose first touch is slow on virtual machines.
+                self._pages, start = _Pages(max(size, _CHUNK)), 0
+            self._used = start + size
+            return np.frombuffer(self._pages.part(start, size), dtype, count).reshape(shape)
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         """An array's values, contiguous in the order of its axes.
@@ -71,18 +90,38 @@ class Memory:
         _turn_into(out, array)
         return out
 
-    def _fault_in(self) -> None:
-        """Have the pages in use at once, in place of one by one as they are written; only where the system can."""
-        end = min(-(-self._used // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._chunk))
-        if sys.platform == "linux" and end > self._ready:
-            with suppress(OSError):  # before Linux 5.14
-                self._chunk.madvise(23, self._ready, end - self._ready)  # MADV_POPULATE_WRITE
-            self._ready = end
+    def _fetch(self, pages: "_Pages") -> None:
+        done = 0
+        while done < pages.size and not self._ended and self._pages is pages:
+            if done > self._used + _AHEAD:
+                time.sleep(1e-3)
+            elif not pages.advise(_POPULATE_WRITE, done, done := min(done + _STEP, pages.size)):
+                return  # before Linux 5.14, and on other systems, they come one by one as they are written
 
 
-def _anonymous(size: int) -> mmap.mmap:
-    # Shared with processes that are forked, unless it is said.
-    return mmap.mmap(-1, size, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}))
+class _Pages:
+    """Anonymous memory, of which parts can be given back."""
+
+    def __init__(self, size: int):
+        # Shared with processes that are forked, unless it is said.
+        flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        self.size, self._map = size, mmap.mmap(-1, size, **flags)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def part(self, start: int, size: int) -> Any:
+        """A buffer whose pages are given back when nothing refers to it."""
+        buffer = (ctypes.c_char * size).from_buffer(self._map, start)
+        if size > _RELEASED:
+            whole = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            weakref.finalize(buffer, self.advise, _DONTNEED, *whole).atexit = False
+        return buffer
+
+    def advise(self, advice: int, start: int, end: int) -> bool:
+        """Tell Linux about some pages; by ctypes, for the method of `mmap` keeps the interpreter's lock."""
+        if sys.platform != "linux":
+            return False
+        arguments = ctypes.c_void_p(self._address + start), ctypes.c_size_t(end - start), advice
+        return ctypes.CDLL(None).madvise(*arguments) == 0
 
 
 def rows_last(
@@ -92,7 +131,6 @@ def rows_last(
     out: np.ndarray,
     shape: tuple[int, ...],
     turn: Callable[[np.ndarray], np.ndarray],
-    helper: Executor,
 ) -> None:
     """Fill an array whose last axis runs over a tensor's rows.
 
@@ -103,28 +141,15 @@ def rows_last(
       out: `[..., rows]`, contiguous, of the tensor's dtype.
       shape: of a row.
       turn: `[some rows, *shape]` to `[..., some rows]`.
-      helper: reads half of a large tensor in another thread.
     """
-
-    def fill(first: int, last: int) -> None:
-        step = min(last - first, max(_line(out.dtype), _BLOCK // (math.prod(shape) * out.itemsize)))
-        scratch, starts = np.empty((step, *shape), out.dtype), range(first, last, step)
-        blocks = stream(name, row + first, (scratch[: last - start] for start in starts))
-        for start, block in zip(starts, blocks, strict=True):
-            _turn_into(out[..., start : start + len(block)], turn(block))
-
-    count = out.shape[-1]
-    middle = count // 2 // _line(out.dtype) * _line(out.dtype)
     if not out.size:
         return
-    if out.nbytes < _SHARED or not middle:
-        fill(0, count)
-        return
-    later = helper.submit(fill, middle, count)
-    try:
-        fill(0, middle)
-    finally:
-        later.result()
+    count = out.shape[-1]
+    step = min(count, max(_line(out.dtype), _BLOCK // (math.prod(shape) * out.itemsize)))
+    scratch, starts = np.empty((step, *shape), out.dtype), range(0, count, step)
+    blocks = stream(name, row, (scratch[: count - start] for start in starts))
+    for start, block in zip(starts, blocks, strict=True):
+        _turn_into(out[..., start : start + len(block)], turn(block))
 
 
 def _turn_into(out: np.ndarray, array: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint as a mapping that reads each one when it is asked for."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from jtl.errors import SourceNotFoundError, WeightsError
 from jtl.weights import keras_file, safetensors, torch_file
-from jtl.weights.reading import Stream
+from jtl.weights.reading import Memory, Stream
 from jtl.weights.safetensors import Signature
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -47,6 +48,12 @@ class Tensors(Mapping[str, np.ndarray]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.signatures
+
+    def memory(self) -> Memory:
+        """Memory for arrays of all tensors, of which the pages are fetched ahead where tensors are read by rows."""
+        sizes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.signatures.values())
+        # Each array begins at a line of the cache, and a tensor may become several.
+        return Memory(sum(sizes) + 512 * len(self) if self.stream else 0)
 
     def renamed(self, rename: Callable[[str], str], source: str) -> "Tensors":
         """The same tensors under normalised names.

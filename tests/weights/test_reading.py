@@ -3,7 +3,6 @@
 import gc
 import json
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -242,13 +241,3 @@ def test_arrays_of_memory_are_aligned_and_apart(shape):
         assert (array.shape, array.ctypes.data % 64 if array.size else 0) == (shape, 0)
         array[...] = i
     assert [np.unique(array).tolist() for array in arrays] == [[i] if arrays[0].size else [] for i in range(3)]
-
-
-def test_an_error_of_the_helper_reaches_the_caller():
-    def broken(name, row, arrays):
-        if row:
-            raise WeightsError("the second half")
-        yield from arrays
-
-    with ThreadPoolExecutor(1) as helper, pytest.raises(WeightsError, match="the second half"):
-        reading.rows_last(broken, "t", 0, np.empty(LARGE, "float32"), LARGE[:1], np.transpose, helper)
