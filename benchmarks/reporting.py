@@ -1,11 +1,13 @@
 """What the benchmarks share: arms timed in turns, tables printed and written."""
 
+import contextlib
 import csv
 import datetime
 import importlib.metadata
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,44 @@ def medians(
                 run()
             times[name].extend(seconds(run) for _ in range(calls))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def process(make: Callable[..., Callable[[], Any]], *arguments: Any, **settings: Any) -> Iterator[Callable[[], Any]]:
+    """An arm in a process of its own, so that neither its threads nor its memory are the other arms'.
+
+    Args:
+      make: makes the run, in the process; a function of a module.
+      *arguments: of `make`.
+      **settings: of `make`.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    worker = context.Process(target=_serve, args=(there, make, arguments, settings), daemon=True)
+    worker.start()
+
+    def run() -> None:
+        here.send(True)
+        if here.recv() is not None:
+            raise RuntimeError(f"{make.__name__}{arguments} failed in its process")
+
+    try:
+        yield run
+    finally:
+        worker.terminate()
+        worker.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Callable[[], Any]], arguments: Any, settings: Any) -> None:
+    failed = "failed"
+    try:
+        run = make(*arguments, **settings)
+        while pipe.recv():
+            run()
+            pipe.send(None)
+    except BaseException:
+        pipe.send(failed)
+        raise
 
 
 def show(row: Mapping[str, Any]) -> None:

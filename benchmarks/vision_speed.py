@@ -5,8 +5,9 @@ On a GPU: PYTHONPATH=. python benchmarks/vision_speed.py --dtype bfloat16 --comp
 Needs: PyTorch and transformers.
 
 224 x 224 pictures already on the device, 10 classes, the same batch for both; compilation is left out. Arms take
-turns, and a figure is the median of all calls but the first of a turn. PyTorch: eager (`--compiled`: torch.compile),
-channels last, under autocast in bfloat16; jtl computes in bfloat16 from float32 parameters, ViT with cuDNN's attention.
+turns, each in a process of its own, and a figure is the median of all calls but the first of a turn. PyTorch: eager
+(`--compiled`: torch.compile), channels last, under autocast in bfloat16; jtl computes in bfloat16 from float32
+parameters, ViT with cuDNN's attention.
 
 Bars: on CPU at least 0.8 of PyTorch; on an H100 ViT-B/16 at least 1.0 of compiled PyTorch and 1,459 pictures/s.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import vision_pairs as pairs
-from reporting import medians, show, write
+from reporting import medians, process, show, write
 
 
 def compare(name: str, kind: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -27,8 +28,9 @@ def compare(name: str, kind: str, batch: int, args: argparse.Namespace) -> dict[
         "inference": (pairs.our_inference, pairs.their_inference),
         "step": (pairs.our_step, pairs.their_step),
     }[kind]
-    arms = {"jtl": ours(name, batch, dtype), "torch": theirs(name, batch, dtype, compiled=args.compiled)}
-    found = medians(arms, rounds=args.rounds, warm=args.warm, settle=1, calls=args.calls)
+    with process(ours, name, batch, dtype) as jtl, process(theirs, name, batch, dtype, compiled=args.compiled) as torch:
+        arms = {"jtl": jtl, "torch": torch}
+        found = medians(arms, rounds=args.rounds, warm=args.warm, settle=1, calls=args.calls)
     rates = {arm: batch / median for arm, median in found.items()}
     row = {"network": name, "measured": kind, "batch": batch, "dtype": args.dtype, "torch compiled": args.compiled}
     row |= {f"{arm} pictures/s": round(rate, 1) for arm, rate in rates.items()}
