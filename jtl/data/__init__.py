@@ -7,7 +7,7 @@ Pillow, transformers, grain and tensorflow-datasets are imported by the function
 """
 
 from jtl.data.checks import Report, compare, duplicates
-from jtl.data.examples import Examples, Skipped, check, split, subset, take
+from jtl.data.examples import Examples, Skipped, check, per_class, split, subset, take
 from jtl.data.pictures import load_image
 from jtl.data.pipeline import Batches, batches
 from jtl.data.preprocess import picture_batches, picture_transform, preprocess
@@ -28,6 +28,7 @@ __all__ = [
     "duplicates",
     "encode",
     "load_image",
+    "per_class",
     "picture_batches",
     "picture_transform",
     "preprocess",

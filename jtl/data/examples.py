@@ -141,6 +141,30 @@ def subset(examples: Examples, size: int, *, seed: int) -> Examples:
     return take(examples, np.sort(order[:size]))
 
 
+def per_class(examples: Examples, count: int, *, seed: int) -> Examples:
+    """A random subset with `count` examples of each class, or all of a class that has fewer.
+
+    With one seed, a smaller subset lies inside a larger one. The order of `examples` is kept.
+
+    Args:
+      examples: N examples.
+      count: how many of each class to keep, at least 1.
+      seed: of the random choice.
+
+    Raises:
+      ConfigError: `count` is below 1.
+
+    >>> few = Examples({"text": list("abcd")}, np.array([0, 0, 0, 1], np.int32), ("x", "y"))
+    >>> per_class(few, 2, seed=0).labels.tolist()
+    [0, 0, 1]
+    """
+    if count < 1:
+        raise errors.ConfigError(f"{examples.name}: {count} examples of each class were asked for; expected 1 or more")
+    order = np.random.default_rng(seed).permutation(examples.size)
+    kept = [order[examples.labels[order] == label][:count] for label in np.unique(examples.labels)]
+    return take(examples, np.sort(np.concatenate(kept)))
+
+
 def check(examples: Examples) -> Examples:
     """Refuse examples that no classifier can be trained on.
 

@@ -44,14 +44,14 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     head = jtl.heads.classifier(len(train.classes))
     with console.status(f"loading {escape(settings.model)}"):
         source = resolve(settings.model, revision=settings.revision)
-        modality = _check_modality(source, train)
+        modality = _check_modality(settings, source, train)
         model, variables = jtl.load(source.path, head, key=head_key)
         tokenizer = text.tokenizer(source.path) if modality == "text" else None
     if modality == "image":
         for line in compare(train, held_out).lines():
             console.print(line, markup=False, soft_wrap=True)
     strategy = _strategy(settings, model)
-    batches, test = _batches(settings, model, tokenizer, train, held_out, console)
+    batches, augment, test = _batches(settings, model, tokenizer, train, held_out, console)
     rate = settings.learning_rate or _LEARNING_RATES[settings.strategy]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(training.schedule(rate, len(batches))))
     metrics = {"accuracy": jtl.metrics.accuracy, "balanced accuracy": jtl.metrics.balanced_accuracy}
@@ -69,6 +69,7 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
             key=run_key,
             mesh=mesh,
             cache=settings.cache,
+            augment=augment,
             on_step=on_step,
         )
     if done.why:
@@ -90,6 +91,8 @@ def _check(settings: Finetune) -> None:
             raise ConfigError(f"{name} must be at least 1, got {getattr(settings, name)}")
     if settings.learning_rate is not None and not settings.learning_rate > 0:
         raise ConfigError(f"learning_rate must be above 0, got {settings.learning_rate}")
+    if settings.augment != "none":
+        training.check_cache(settings.cache)
     devices = jax.device_count()
     if settings.batch_size % devices:
         few = "smaller than" if settings.batch_size < devices else "not a multiple of"
@@ -100,8 +103,11 @@ def _examples(settings: Finetune) -> tuple[Examples, Examples]:
     whole = _read(settings, settings.data, settings.classes)
     share = _share(settings.held_out)
     if share is None:
-        return whole, _read(settings, settings.held_out, whole.classes)
-    train, held_out = examples.split(whole, [1 - share, share], seed=settings.seed)
+        train, held_out = whole, _read(settings, settings.held_out, whole.classes)
+    else:
+        train, held_out = examples.split(whole, [1 - share, share], seed=settings.seed)
+    if settings.labels_per_class is not None:
+        train = examples.per_class(train, settings.labels_per_class, seed=settings.seed)
     return examples.check(train), held_out
 
 
@@ -132,10 +138,12 @@ def _share(held_out: str) -> float | None:
     return share
 
 
-def _check_modality(source: Source, data: Examples) -> str:
+def _check_modality(settings: Finetune, source: Source, data: Examples) -> str:
     modality = build(source, None, {})[0].modality
     if modality not in data.columns:
         raise ConfigError(f"{source.name} takes {modality}; {data.name} holds {', '.join(data.columns)}")
+    if settings.augment != "none" and modality != "image":
+        raise ConfigError(f"augment={settings.augment!r} changes pictures; {source.name} takes {modality}")
     return modality
 
 
@@ -149,12 +157,14 @@ def _strategy(settings: Finetune, model: Any) -> strategies.Strategy:
 
 def _batches(
     settings: Finetune, model: Any, tokenizer: Any, train: Examples, held_out: Examples, console: Console
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
+    """Batches to train on, what is to be done to them on the device, and batches to evaluate on."""
     if tokenizer is None:
         spec, rows = model.config.input, settings.batch_size
-        batches = picture_batches(train, spec, batch_size=rows, seed=settings.seed, epochs=settings.epochs)
+        order = {"batch_size": rows, "seed": settings.seed, "epochs": settings.epochs}
+        batches, augment = training.training_pictures(train, spec, settings.augment, **order)
         console.print(f"{len(batches)} steps of pictures of {spec.size[0]}x{spec.size[1]} pixels")
-        return batches, picture_batches(held_out, spec, batch_size=rows)
+        return batches, augment, picture_batches(held_out, spec, batch_size=rows)
     longest = min(settings.max_length, model.config.max_position_embeddings)
     sizes = {"max_length": longest, "batch_size": settings.batch_size}
     batches, cut = training.text_batches(tokenizer, train, seed=settings.seed, epochs=settings.epochs, **sizes)
@@ -163,7 +173,7 @@ def _batches(
     console.print(f"{len(batches)} steps in {len(batches.shapes)} shapes: {shapes}")
     if cut or cut_test:
         console.print(f"{cut} training and {cut_test} held-out texts were cut to {longest} tokens")
-    return batches, test
+    return batches, None, test
 
 
 def _report_data(train: Examples, held_out: Examples, console: Console) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 StrategyName = Literal["feature-extraction", "last-blocks", "full"]
+AugmentName = Literal["none", "flip", "crop-flip", "randaugment"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Finetune:
     """The class names in order; any other label is an error. By default those that occur."""
     held_out: str = "0.2"
     """The share of examples to evaluate on, or another file, folder or tfds:NAME:SPLIT."""
+    labels_per_class: int | None = None
+    """Examples of each class to train on, at most; by default all that are not held out."""
     skip_bad: bool = False
     """Leave malformed rows out, and list them, where one would be an error."""
     epochs: int = 3
@@ -65,8 +68,11 @@ class Finetune:
     """The highest learning rate; by default one that suits the strategy."""
     max_length: int = 128
     """Tokens of a text; longer ones are cut, and counted."""
+    augment: AugmentName = "none"
+    """What happens to training pictures at random, anew in each epoch: left and right exchanged; a part cut out,
+    and that; or RandAugment after both. Needs --cache auto or off, for what changes cannot be cached."""
     seed: int = 0
-    """Of the split, the initial head, the order and dropout."""
+    """Of the split, the initial head, the order, augmentation and dropout."""
     cache: Literal["auto", "off", "require"] = "auto"
     """Whether to compute what no trained leaf can change once; auto does where that saves work."""
     revision: str | None = None

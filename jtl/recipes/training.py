@@ -1,5 +1,6 @@
 """One training run: compile, train, evaluate, and count what it cost."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +10,14 @@ import jax
 import optax
 
 import jtl
+from jtl import augment as jaugment
 from jtl import tree as jtree
 from jtl.cache import Mode, Prepared, prepare
-from jtl.data import Batches, Examples, batches, plans, text
+from jtl.data import Batches, Examples, batches, picture_batches, plans, text
+from jtl.errors import ConfigError
 from jtl.loop import compiled_eval, compiled_train
+from jtl.models.family import ImageInput
+from jtl.recipes.settings import AugmentName
 from jtl.state import Frozen, TrainState, freeze
 from jtl.typing import PyTree
 
@@ -70,6 +75,44 @@ def text_batches(
     return batches(columns, examples.labels, buckets=buckets, **settings), encoded.truncated
 
 
+def training_pictures(
+    examples: Examples, spec: ImageInput, augment: AugmentName = "none", **settings: Any
+) -> tuple[Batches, jaugment.Augmentation | None]:
+    """Batches of pictures to train on, and what is to be done to them on the device.
+
+    Args:
+      examples: labelled pictures, in the column `image`.
+      spec: what the model takes.
+      augment: "flip"; "crop-flip", for a random part of at least a quarter of the picture as well; "randaugment",
+        for RandAugment after both.
+      **settings: of `jtl.data.batches`.
+
+    Returns:
+      The batches, and an augmentation that ends with their normalisation; None with "none", where they are
+      normalised already.
+    """
+    if augment == "none":
+        return picture_batches(examples, spec, **settings), None
+    steps: list[jaugment.Augmentation] = [jaugment.flip()]
+    taken = spec
+    if augment != "flip":
+        method = spec.interpolation if spec.interpolation in ("bilinear", "bicubic") else "bilinear"
+        steps.insert(0, jaugment.random_resized_crop(spec.size, scale=(0.25, 1.0), interpolation=method))
+        taken = _with_margin(spec)
+    if augment == "randaugment":
+        steps.append(jaugment.rand_augment())
+    data = picture_batches(examples, taken, normalized=False, **settings)
+    return data, jaugment.compose(*steps, jaugment.normalize(spec))
+
+
+def _with_margin(spec: ImageInput) -> ImageInput:
+    """The same, before the crop to the centre, for random crops to be taken from."""
+    if spec.resize == "none":
+        return spec
+    share = 8 / 7 if spec.resize == "exact" or not spec.resize_to else max(1.0, spec.resize_to / min(spec.size))
+    return dataclasses.replace(spec, size=(round(spec.size[0] * share), round(spec.size[1] * share)))
+
+
 def run(
     loss_fn: Any,
     tx: optax.GradientTransformation,
@@ -81,6 +124,7 @@ def run(
     key: jax.Array,
     mesh: Any = None,
     cache: Mode = "auto",
+    augment: jaugment.Augmentation | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> Run:
     """Train on all batches, then evaluate.
@@ -94,18 +138,29 @@ def run(
       held_out: batches to evaluate on.
       key: the random key of the run.
       mesh: the devices to split batches over.
-      cache: as in `jtl.fit`.
+      cache: as in `jtl.fit`; there is none with an augmentation.
+      augment: of the pictures of every batch to train on, with keys that follow from `key`.
       on_step: called with the metrics of every step.
 
     Returns:
       The state after the last step, and the outcome.
+
+    Raises:
+      ConfigError: `cache` is "require" with an augmentation.
     """
+    if augment is not None:
+        check_cache(cache)
     state, frozen = jtl.init(variables, tx, trainable=trainable, key=key)
     trained, state_bytes = jtree.size(state.params), jtree.nbytes(state.opt_state)
     started = time.perf_counter()
     if mesh is not None:
         jtl.parallel.shard_batch(next(iter(train)), mesh)  # a size that does not fit is refused before any work
-    prepared = prepare(loss_fn, state, frozen, train, mode=cache)
+    if augment is None:
+        prepared = prepare(loss_fn, state, frozen, train, mode=cache)
+    else:
+        why = "no cache: the pictures are augmented anew in each epoch" if cache == "auto" else ""
+        keys = jax.random.split(key, 3)[2]  # a step splits its key in two
+        prepared = Prepared(loss_fn, jaugment.augmented(train, augment, keys), None, why)
     filled = time.perf_counter()
     gflops = _compile(prepared, tx, state, frozen, train, mesh)
     compiled = time.perf_counter()
@@ -120,6 +175,19 @@ def run(
     rate = _examples(train) / seconds
     outcome = Outcome(trained, state_bytes, gflops, compile_seconds, seconds, rate, scores)
     return Run(state, frozen, outcome, prepared.why)
+
+
+def check_cache(cache: Mode) -> None:
+    """Refuse to require a cache of pictures that are augmented.
+
+    Raises:
+      ConfigError: `cache` is "require".
+    """
+    if cache == "require":
+        raise ConfigError(
+            "cache='require' with an augmentation: a cache holds what is computed of each picture once, and "
+            "augmented pictures differ in each epoch; pass cache 'auto' or 'off', or augment 'none'"
+        )
 
 
 def _examples(data: Batches) -> int:

@@ -1,6 +1,6 @@
 """From a file into memory that arrays of the CPU can share, with each byte copied once.
 
-    file  ->  a slice of a chunk                      where the axes stay as they are
+    file  ->  a slice of some pages                   where the axes stay as they are
     file  ->  some rows, warm in a cache  ->  slice   where a tensor's rows become the last axis of a leaf
 
 A tensor is never held whole beside its leaf, so that reading a checkpoint takes little more memory than it has bytes.

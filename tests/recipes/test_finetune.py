@@ -201,6 +201,12 @@ def test_pictures_for_a_model_of_texts(refused, tmp_path):
     assert "holds image" in message
 
 
+def test_an_augmentation_of_texts(refused, tmp_path):
+    message = refused(csv(tmp_path), "--augment", "flip")
+    assert "augment='flip' changes pictures" in message
+    assert "takes text" in message
+
+
 def test_a_picture_that_cannot_be_read_is_named(refused, tmp_path):
     broken = pictures(tmp_path) / "dog" / "b.png"
     broken.write_bytes((broken.parent / "0.png").read_bytes()[:40])

@@ -220,17 +220,17 @@ def test_memory_that_is_shared_is_not_written_by_the_step_it_is_donated_to():
     np.testing.assert_array_equal(array, random(LARGE, "float32"))
 
 
-def test_a_chunk_lives_as_long_as_an_array_of_it():
+def test_pages_live_as_long_as_an_array_of_them():
     memory = reading.Memory()
     arrays = [convert.owned(memory.copy(random((64,), "float32", i)), None) for i in (0, 1)]
-    chunk = weakref.ref(memory._chunk)
+    pages = weakref.ref(memory._pages._map)
     del memory, arrays[0]
     gc.collect()
-    assert chunk() is not None
+    assert pages() is not None
     np.testing.assert_array_equal(arrays[0], random((64,), "float32", 1))
     del arrays
     gc.collect()
-    assert chunk() is None
+    assert pages() is None
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 0, 2), (7, 11), reading._CHUNK // 4 + 1])
