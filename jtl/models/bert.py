@@ -26,6 +26,7 @@ from jtl import heads
 from jtl.errors import ConfigError
 from jtl.models.family import Family, Features, KeyLayout, check_overrides, read_json
 from jtl.models.layers import ACTIVATIONS, Dense, Dropout, SelfAttention, call_head, masked_mean
+from jtl.models.tracing import random_init
 from jtl.weights.convert import KEEP, TRANSPOSE, KeyRule
 
 POOLS = ("pooler", "mean", "cls", "max")
@@ -98,7 +99,7 @@ class Embeddings(nn.Module):
             nn.Embed,
             features=c.hidden_size,
             dtype=self.dtype,
-            embedding_init=nn.initializers.normal(c.initializer_range),
+            embedding_init=random_init(nn.initializers.normal(c.initializer_range)),
         )
         words = embed(c.vocab_size, name="word")(input_ids)
         if c.pad_token_id is not None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jtl.models.depthwise import Window, depthwise, taps
+from jtl.models.tracing import random_init
 from jtl.tree import wide_dtype
 from jtl.weights.convert import HWIO, KEEP, KeyRule
 
@@ -51,7 +52,7 @@ class Conv(nn.Module):
         size = (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
         shape = (*size, x.shape[-1] // self.groups, self.features)
         # Of all features a channel feeds those of its own group alone.
-        init = nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "truncated_normal")
+        init = random_init(nn.initializers.variance_scaling(2.0 * self.groups, "fan_out", "truncated_normal"))
         kernel = self.param("kernel", init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)

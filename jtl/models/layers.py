@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jtl.errors import ConfigError
+from jtl.models.tracing import random_init
 from jtl.tree import wide_dtype
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,7 +49,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., width]` to `[..., features]`."""
-        kernel = self.param("kernel", nn.initializers.normal(self.init_scale), (x.shape[-1], self.features))
+        init = random_init(nn.initializers.normal(self.init_scale))
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         flat = x.reshape(-1, x.shape[-1]) @ kernel

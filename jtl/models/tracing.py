@@ -1,6 +1,8 @@
 """The shapes of a model's variables without tracing each of its equal blocks."""
 
+import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -10,6 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtl.typing import PyTree
+
+Initializer = Callable[..., jax.Array]
+
+_SHAPES_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("jtl_shapes_only", default=False)
+
+
+def random_init(init: Initializer) -> Initializer:
+    """An initialiser that draws nothing while only shapes are wanted: tracing the generator takes longer than a layer.
+
+    Args:
+      init: `(key, shape, dtype)` to an array.
+    """
+
+    @functools.wraps(init)
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.zeros(shape, dtype) if _SHAPES_ONLY.get() else init(key, shape, dtype)
+
+    return draw
 
 
 def variable_shapes(model: nn.Module, inputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, PyTree]:
@@ -21,9 +41,13 @@ def variable_shapes(model: nn.Module, inputs: Mapping[str, jax.ShapeDtypeStruct]
     """
 
     def init() -> dict[str, PyTree]:
-        with nn.intercept_methods(_repeats()):
-            zeros: Any = {name: jnp.zeros(x.shape, x.dtype) for name, x in inputs.items()}
-            return dict(model.init(jax.random.key(0), **zeros))
+        token = _SHAPES_ONLY.set(True)
+        try:
+            with nn.intercept_methods(_repeats()):
+                zeros: Any = {name: jnp.zeros(x.shape, x.dtype) for name, x in inputs.items()}
+                return dict(model.init(jax.random.key(0), **zeros))
+        finally:
+            _SHAPES_ONLY.reset(token)
 
     return jax.eval_shape(init)
 

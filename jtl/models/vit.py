@@ -25,6 +25,7 @@ from jtl import heads
 from jtl.errors import ConfigError
 from jtl.models.family import Family, PictureFeatures
 from jtl.models.layers import ACTIVATIONS, Dense, Dropout, SelfAttention, call_head
+from jtl.models.tracing import random_init
 from jtl.models.vit_config import VARIANTS, ViTConfig, parse, settings
 from jtl.models.vit_layouts import LAYOUTS, adapt_positions, infer
 
@@ -43,7 +44,7 @@ class Patches(nn.Module):
         """`[batch, height, width, channels]` to `[batch, patches, width]`."""
         c = self.config
         size, channels = c.patch_size, images.shape[-1]
-        init = nn.initializers.normal(c.initializer_range)
+        init = random_init(nn.initializers.normal(c.initializer_range))
         kernel = self.param("kernel", init, (size, size, channels, c.hidden_size))
         bias = self.param("bias", nn.initializers.zeros_init(), (c.hidden_size,))
         x, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
@@ -62,7 +63,7 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """`[batch, height, width, channels]` to `[batch, tokens, width]`."""
-        c, init = self.config, nn.initializers.truncated_normal(self.config.initializer_range)
+        c, init = self.config, random_init(nn.initializers.truncated_normal(self.config.initializer_range))
         x = Patches(c, self.dtype, name="patches")(images)
         tokens = [
             self.param(name, init, (1, 1, c.hidden_size))
@@ -217,7 +218,7 @@ class DistilledHead(nn.Module):
         return (self._classify(first, "") + self._classify(second, "distillation_")) / 2
 
     def _classify(self, token: jax.Array, prefix: str) -> jax.Array:
-        init = nn.initializers.normal(self.scale)
+        init = random_init(nn.initializers.normal(self.scale))
         kernel = self.param(f"{prefix}kernel", init, (token.shape[-1], self.outputs))
         bias = self.param(f"{prefix}bias", nn.initializers.zeros_init(), (self.outputs,))
         return token @ kernel.astype(token.dtype) + jnp.expand_dims(bias.astype(token.dtype), 0)
