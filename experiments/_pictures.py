@@ -118,7 +118,7 @@ class Way(NamedTuple):
 
 def last_blocks(task: Task, count: int = 2) -> jtl.Mask:
     """The mask of the last blocks of a network."""
-    return strategies.last_blocks(strategies.depth_groups(task.loss.model), count).trainable
+    return jtl.masks.depth(strategies.depth_groups(task.loss.model), -(count + 1))
 
 
 def table(ways: Sequence[Way], counts: Sequence[int], test: int | None, limit: int, only: str = "") -> None:

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from jtl import losses as losses
     from jtl import masks as masks
     from jtl import metrics as metrics
+    from jtl import mixout as mixout
     from jtl import models as models
     from jtl import parallel as parallel
     from jtl import rules as rules
+    from jtl import soups as soups
     from jtl import strategies as strategies
+    from jtl import surgery as surgery
+    from jtl import transforms as transforms
     from jtl import tree as tree
     from jtl import weights as weights
     from jtl.boundary import Split as Split
@@ -37,8 +41,13 @@ if TYPE_CHECKING:
     from jtl.objective import supervised as supervised
     from jtl.pretrained import load as load
     from jtl.rules import label as label
+    from jtl.schedule import Phase as Phase
+    from jtl.schedule import Plateau as Plateau
+    from jtl.schedule import Progress as Progress
+    from jtl.schedule import Strategy as Strategy
     from jtl.state import Frozen as Frozen
     from jtl.state import TrainState as TrainState
+    from jtl.state import change as change
     from jtl.state import init as init
     from jtl.state import variables as variables
     from jtl.step import Aux as Aux
@@ -62,10 +71,14 @@ _MODULES = (
     "losses",
     "masks",
     "metrics",
+    "mixout",
     "models",
     "parallel",
     "rules",
+    "soups",
     "strategies",
+    "surgery",
+    "transforms",
     "tree",
     "weights",
 )
@@ -74,8 +87,13 @@ _NAMES = {
     "Aux": "step",
     "Frozen": "state",
     "Mask": "masks",
+    "Phase": "schedule",
+    "Plateau": "schedule",
+    "Progress": "schedule",
     "Report": "loop",
+    "Strategy": "schedule",
     "TrainState": "state",
+    "change": "state",
     "combine": "tree",
     "eval_step": "step",
     "evaluate": "loop",

@@ -1,6 +1,7 @@
 """`fit`: a short loop over public functions, meant to be read, copied and changed."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,11 +14,13 @@ import optax
 from jax.sharding import Mesh
 
 from jtl import metrics as jmetrics
-from jtl import parallel
+from jtl import parallel, schedule
+from jtl import tree as jtree
 from jtl.cache import Mode, prepare
 from jtl.data import Batches
-from jtl.errors import DataError
-from jtl.state import Frozen, TrainState
+from jtl.errors import ConfigError, DataError
+from jtl.schedule import Phase, Plateau, Progress, Strategy
+from jtl.state import Frozen, TrainState, change, freeze
 from jtl.step import EvalStep, LossFn, checker, eval_step, train_step
 from jtl.typing import Batch
 
@@ -30,23 +33,28 @@ class Report(NamedTuple):
       state: the state after the step. The next step donates it: copy what you keep.
       metrics: of this step's batch, still on the device.
       evaluation: of the held-out batches, where they were evaluated after this step.
+      frozen: what the mask of this phase holds still; with one phase, what `fit` was given.
+      progress: in the strategy's phases, for `fit` to go on from here.
     """
 
     step: int
     state: TrainState
     metrics: dict[str, Any]
     evaluation: dict[str, float] | None
+    frozen: Frozen
+    progress: Progress
 
 
 def fit(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | Strategy,
     state: TrainState,
     frozen: Frozen,
     batches: Iterable[Batch],
     *,
     held_out: Callable[[], Iterable[Batch]] | None = None,
     evaluate_every: int | None = None,
+    progress: Progress | None = None,
     mesh: Mesh | None = None,
     cache: Mode = "auto",
     cache_directory: str | Path | None = None,
@@ -62,13 +70,15 @@ def fit(
     Args:
       loss_fn: the loss. If it has a method `checker`, as those of `jtl.supervised` have, every
         batch is checked on the host before it is used.
-      tx: the transform that `jtl.init` was given.
+      tx: the transform that `jtl.init` was given, or the strategy. A strategy's phases follow each other; a change
+        touches neither the order of the data nor keys nor the count of steps.
       state: where to start; it is copied, so it stays usable.
       frozen: what the mask holds still.
       batches: as many as there are steps to do.
       held_out: a function that starts a pass over the held-out batches. They are evaluated
         after the last step.
       evaluate_every: evaluate them after every so many steps, too.
+      progress: where in the strategy `state` is, from the last report; by default its number of steps tells.
       mesh: split every batch over the devices of this mesh; see `jtl.parallel`.
       cache: whether to compute what no trained leaf can change once, and train from that; see
         `jtl.cache.prepare`. "auto" does where it saves work, which takes `batches` from
@@ -84,31 +94,106 @@ def fit(
       DataError: there is no batch, or one that the loss or the mesh cannot take. The first
         batch is checked before anything is compiled.
       CacheError, ConfigError, SplitError: `cache` is "require", and there can be none.
+      ConfigError: the batches end before the strategy's last phase begins, or a plateau has nothing to go by.
     """
+    phases = _phases(tx, state, frozen)
+    progress = schedule.reached(phases, int(state.step)) if progress is None else progress
+    rest = _Rest(batches)
+    _check_phases(phases, progress, int(state.step), rest, held_out is not None and bool(evaluate_every))
     if mesh is not None and isinstance(batches, Batches):
         parallel.shard_batch(next(iter(batches)), mesh)  # a size that does not fit is refused before any work
-    prepared = prepare(loss_fn, state, frozen, batches, mode=cache, directory=cache_directory, limit=cache_limit)
-    if prepared.why:
-        say(prepared.why) if say else print(prepared.why, file=sys.stderr)
+    evaluator, check = compiled_eval(loss_fn), checker(loss_fn, state, frozen)
     state = jax.tree.map(jnp.array, state)
-    if mesh is not None:
-        state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
-    step, evaluator = compiled_train(prepared.loss_fn, tx), compiled_eval(loss_fn)
-    check = checker(loss_fn, state, frozen)
-    done, current = int(state.step), None
-    for batch, is_last in _with_last(prepared.batches):
-        if prepared.cache is None:  # the rows of a cache were checked when it was built
-            check(batch)
-        state, metrics = step(state, frozen, batch if mesh is None else parallel.shard_batch(batch, mesh))
-        done += 1
-        due = held_out is not None and (is_last or (evaluate_every and done % evaluate_every == 0))
-        current = None
-        if due and held_out:
-            current = evaluate(evaluator, state, frozen, _checked(check, held_out()), mesh=mesh)
-        yield Report(done, state, metrics, current)
+    done = int(state.step)
+    while True:
+        phase = phases.phases[progress.phase]
+        if not progress.ended(phase, done):
+            part = rest.part(phase, progress, done)
+            prepared = prepare(loss_fn, state, frozen, part, mode=cache, directory=cache_directory, limit=cache_limit)
+            if prepared.why:
+                say(prepared.why) if say else print(prepared.why, file=sys.stderr)
+            if mesh is not None:
+                state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
+            step = compiled_train(prepared.loss_fn, phase.tx)
+            for batch in prepared.batches:
+                if prepared.cache is None:  # the rows of a cache were checked when it was built
+                    check(batch)
+                state, metrics = step(state, frozen, batch if mesh is None else parallel.shard_batch(batch, mesh))
+                done, current = done + 1, None
+                rest.taken += 1
+                due = held_out is not None and (rest.over() or (evaluate_every and done % evaluate_every == 0))
+                if due and held_out:
+                    whole, passed = freeze(state, frozen), _checked(check, held_out())
+                    current = evaluate(evaluator, *whole, passed, mesh=mesh)
+                    if isinstance(phase.until, Plateau):
+                        progress = progress.seen(phase.until, current)
+                yield Report(done, state, metrics, current, frozen, progress)
+                if progress.ended(phase, done):
+                    break
+        if rest.over() or progress.phase + 1 == len(phases.phases):
+            return
+        progress = progress.next(done)
+        state, frozen = change(state, frozen, phases.phases[progress.phase])
 
 
-@functools.lru_cache(maxsize=16)
+def _phases(tx: Any, state: TrainState, frozen: Frozen) -> Strategy:
+    """The strategy to run; of a transform alone, one phase with the mask that the state was made with."""
+    if isinstance(tx, Strategy):
+        return schedule.check(tx)
+    return Strategy("", (Phase(jtree.mask_of(state.params, jtree.combine(state.params, frozen.params)), tx),))
+
+
+class _Rest:
+    """The batches of a run that are not yet taken."""
+
+    def __init__(self, batches: Iterable[Batch]):
+        self.taken, self._run = 0, batches if isinstance(batches, Batches) else None
+        self._iterator = iter(()) if self._run is not None else iter(batches)
+        self._held: list[Batch] = []
+        if self._run is None and self.over():
+            raise DataError("there is no batch to train on: the data set is empty, or smaller than one batch")
+
+    def __len__(self) -> int:
+        return sys.maxsize if self._run is None else len(self._run) - self.taken
+
+    def __iter__(self) -> Iterator[Batch]:
+        while not self.over():
+            yield self._held.pop()
+
+    def over(self) -> bool:
+        """Whether there is no more."""
+        if self._run is not None:
+            return not len(self)
+        if not self._held:
+            self._held = list(itertools.islice(self._iterator, 1))
+        return not self._held
+
+    def part(self, phase: Phase, progress: Progress, done: int) -> Iterable[Batch]:
+        """What comes, as far as a phase can reach."""
+        if self._run is None:
+            return self
+        start = self._run.start + self.taken
+        most = progress.began + phase.until - done if isinstance(phase.until, int) else len(self)
+        return self._run.at(start).until(start + min(most, len(self)))
+
+
+def _check_phases(strategy: Strategy, progress: Progress, done: int, rest: _Rest, evaluated: bool) -> None:
+    if not 0 <= progress.phase < len(strategy.phases):
+        raise ConfigError(f"progress is in phase {progress.phase}; {strategy.name!r} has {len(strategy.phases)}")
+    if not len(rest):
+        raise DataError("there is no batch to train on: the data set is empty, or smaller than one batch")
+    lengths = [phase.until for phase in strategy.phases[progress.phase : -1]]
+    if any(isinstance(phase.until, Plateau) for phase in strategy.phases[progress.phase :]) and not evaluated:
+        raise ConfigError(f"{strategy.name!r} waits for a plateau: it needs held_out and evaluate_every")
+    needed = sum(length for length in lengths if isinstance(length, int)) - (done - progress.began)
+    if lengths and needed >= len(rest):
+        raise ConfigError(
+            f"{strategy.name!r} has {needed} more updates before its last phase, and the run {len(rest)} batches; "
+            "give it more epochs, or shorter phases"
+        )
+
+
+@functools.lru_cache(maxsize=32)  # a strategy may have many phases
 def compiled_train(loss_fn: LossFn, tx: optax.GradientTransformation) -> Any:
     """The jitted training step of a loss and a transform; it donates its state.
 
@@ -155,16 +240,3 @@ def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> Iterat
     for batch in batches:
         check(batch)
         yield batch
-
-
-def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """Each batch, and whether it is the last."""
-    iterator = iter(batches)
-    try:
-        held = next(iterator)
-    except StopIteration:
-        raise DataError("there is no batch to train on: the data set is empty, or smaller than one batch") from None
-    for batch in iterator:
-        yield held, False
-        held = batch
-    yield held, True

@@ -1,16 +1,19 @@
 """What a training step evolves, and what it only reads."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jtl import schedule
 from jtl import tree as jtree
 from jtl.errors import ConfigError, MaskError
 from jtl.modes import Modes
+from jtl.schedule import Phase, Strategy
 from jtl.typing import Collections, Key, MaskLike, Params, PyTree, Variables
 
 
@@ -45,7 +48,11 @@ class Frozen(NamedTuple):
 
 
 def init(
-    variables: Variables, tx: optax.GradientTransformation, *, trainable: MaskLike, key: Key
+    variables: Variables,
+    tx: optax.GradientTransformation | Strategy,
+    *,
+    trainable: MaskLike | None = None,
+    key: Key,
 ) -> tuple[TrainState, Frozen]:
     """Cut a model's variables in two by a mask, and start the optimizer on the trained half.
 
@@ -57,7 +64,8 @@ def init(
 
     Args:
       variables: `{"params": params, **collections}`, as `module.init` or `jtl.load` gives it.
-      tx: any optax transform, without masks: it only ever sees trained leaves.
+      tx: any optax transform, without masks: it only ever sees trained leaves. Or a strategy, whose first phase
+        gives transform and mask.
       trainable: the mask. True means trained.
       key: the random key that the run consumes.
 
@@ -65,7 +73,7 @@ def init(
       `(state, frozen)`.
 
     Raises:
-      ConfigError: `variables` has no params, or `key` is not a typed key.
+      ConfigError: `variables` has no params, `key` is not a typed key, or there is no mask, or one beside a strategy's.
       MaskError: the mask does not fit, selects nothing, or selects a leaf that is not a float.
       PatternError: a pattern of the mask matches nothing.
 
@@ -76,16 +84,15 @@ def init(
     (['head'], ['stem'])
     """
     _check_key(key)
+    tx, trainable = _first_phase(tx, trainable)
     params, collections = _take_apart(variables)
     mask = jtree.as_bools(trainable, params)
     _check_trainable(params, mask, trainable)
     trained, still = jtree.partition(params, mask)
     moving, resting = jtree.partition(collections, Modes(params, mask).moving)
     trained = jax.tree.map(_master, trained)
-    # Some transforms keep the params they are given; donation needs buffers of their own.
-    taken = {id(leaf) for leaf in jax.tree.leaves(trained)}
     with standard_promotion():
-        opt_state = jax.tree.map(lambda x: jnp.array(x) if id(x) in taken else x, tx.init(trained))
+        opt_state = jax.tree.map(_owner(trained), tx.init(trained))
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,
@@ -94,6 +101,68 @@ def init(
         key=jnp.array(key),
     )
     return state, Frozen(jax.tree.map(jnp.asarray, still), jax.tree.map(jnp.asarray, resting))
+
+
+def change(state: TrainState, frozen: Frozen, phase: Phase) -> tuple[TrainState, Frozen]:
+    """Go on with another mask or transform: step and key stay, and values, and statistics.
+
+    Of the optimizer's state, what belongs to leaves that stay trained is kept, and so is what belongs to none, such as
+    the count of a schedule, where both transforms have it in the same place. The rest starts anew.
+
+    Args:
+      state: the trained half.
+      frozen: the frozen half.
+      phase: what comes.
+
+    Returns:
+      `(state, frozen)` in the structure that the phase needs. Leaves that are no longer trained are copied, so that
+      the state given may be donated.
+
+    Raises:
+      MaskError, PatternError: as `init`.
+    """
+    whole = variables(state, frozen)
+    new, held = init(whole, phase.tx, trainable=phase.trainable, key=state.key)
+    evolved = {id(leaf) for leaf in jax.tree.leaves(state)}
+    held = jax.tree.map(lambda leaf: jnp.array(leaf) if id(leaf) in evolved else leaf, held)
+    opt_state = new.opt_state if phase.fresh else _kept(state.opt_state, new.opt_state)
+    return new._replace(step=jnp.array(state.step), opt_state=opt_state), held
+
+
+def _owner(trained: PyTree) -> Callable[[Any], Any]:
+    """A function that copies the leaves of an optimizer's state which are not its own: a step will donate them.
+
+    Some transforms keep the params they are given, have one zero for all their counts, or one for all their states.
+    """
+    seen = {id(leaf) for leaf in jax.tree.leaves(trained)}
+
+    def own(leaf: Any) -> Any:
+        fresh = id(leaf) not in seen and np.size(leaf) > 1
+        seen.add(id(leaf))
+        return leaf if fresh else jnp.array(leaf)
+
+    return own
+
+
+def _kept(before: optax.OptState, after: optax.OptState) -> optax.OptState:
+    old = dict(jtree.leaves_with_paths(before))
+
+    def keep(path: str, leaf: jax.Array) -> jax.Array:
+        found = old.get(path)
+        alike = found is not None and (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+        return jnp.array(found) if alike else leaf
+
+    return jtree.map_with_paths(keep, after)
+
+
+def _first_phase(tx: Any, trainable: MaskLike | None) -> tuple[optax.GradientTransformation, MaskLike]:
+    if not isinstance(tx, Strategy):
+        if trainable is None:
+            raise ConfigError("init needs a mask: trainable=jtl.select(...), or a strategy in the place of tx")
+        return tx, trainable
+    if trainable is not None:
+        raise ConfigError(f"the strategy {tx.name!r} has masks of its own; leave trainable= out")
+    return schedule.check(tx).tx, tx.trainable
 
 
 def variables(state: TrainState, frozen: Frozen) -> dict[str, PyTree]:

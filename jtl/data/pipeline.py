@@ -84,7 +84,7 @@ def batches(
 class Batches:
     """Batches to iterate over, as often as needed; `batches` makes it.
 
-    `len()` is the number of batches from `start` to the end of the last epoch.
+    `len()` is the number of batches from `start` to `stop`, by default the end of the last epoch.
     """
 
     columns: dict[str, Column]
@@ -96,6 +96,7 @@ class Batches:
     start: int
     prefetch: int
     transform: Callable[[Batch], Batch] | None
+    stop: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         # A batch is gathered whole: passing each row through grain is some forty times slower. Its order
@@ -118,7 +119,12 @@ class Batches:
         return iter(grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options))
 
     def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch - self.start
+        return (self.total if self.stop is None else self.stop) - self.start
+
+    @property
+    def total(self) -> int:
+        """The number of batches of the whole run, from its beginning to the end of the last epoch."""
+        return self.epochs * self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -153,6 +159,16 @@ class Batches:
         moved = dataclasses.replace(self, start=start)
         _check_start(moved)
         return moved
+
+    def until(self, stop: int) -> "Batches":
+        """The same run, ended before its batch `stop`, counted from the run's beginning.
+
+        Raises:
+          ConfigError: that is before `start`, or after the end of the run.
+        """
+        cut = dataclasses.replace(self, stop=stop)
+        _check_start(cut)
+        return cut
 
     def plan(self, step: int) -> plans.Batch:
         """Which rows make up the batch of a step, counted from the run's beginning."""
@@ -251,9 +267,11 @@ def _check_settings(run: Batches, shard: tuple[int, int]) -> None:
 
 
 def _check_start(run: Batches) -> None:
-    total = run.epochs * run.steps_per_epoch
-    if not 0 <= run.start <= total:
-        raise errors.ConfigError(f"start={run.start}: expected 0 to {total}, the number of batches of the run")
+    stop = run.total if run.stop is None else run.stop
+    if not 0 <= stop <= run.total:
+        raise errors.ConfigError(f"stop={stop}: expected 0 to {run.total}, the number of batches of the run")
+    if not 0 <= run.start <= stop:
+        raise errors.ConfigError(f"start={run.start}: expected 0 to {stop}, the number of batches of the run")
 
 
 def _digest(columns: Mapping[str, Any], labels: np.ndarray | None) -> str:

@@ -5,21 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import jtl
-from jtl import export, strategies
+from jtl import export
 from jtl.data import Examples, compare, examples, picture_batches, read, text, tfds
 from jtl.errors import ConfigError, DataError
 from jtl.pretrained import build
-from jtl.recipes import progress, training
+from jtl.recipes import progress, training, ways
 from jtl.recipes.settings import Finetune
 from jtl.weights.source import Source, resolve
-
-_LEARNING_RATES = {"feature-extraction": 1e-2, "last-blocks": 2e-4, "full": 1e-4}
 
 
 def run(settings: Finetune, console: Console) -> training.Outcome:
@@ -50,10 +47,8 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     if modality == "image":
         for line in compare(train, held_out).lines():
             console.print(line, markup=False, soft_wrap=True)
-    strategy = _strategy(settings, model)
     batches, augment, test = _batches(settings, model, tokenizer, train, held_out, console)
-    rate = settings.learning_rate or _LEARNING_RATES[settings.strategy]
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(training.schedule(rate, len(batches))))
+    strategy = ways.strategy(settings, model, len(batches))
     metrics = {"accuracy": jtl.metrics.accuracy, "balanced accuracy": jtl.metrics.balanced_accuracy}
     loss_fn = jtl.supervised(model, jtl.losses.cross_entropy, metrics=metrics)
     mesh = jtl.parallel.data_mesh() if jax.device_count() > 1 else None
@@ -61,9 +56,8 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
         on_step = advance(escape(strategy.name), len(batches))
         done = training.run(
             loss_fn,
-            tx,
+            strategy,
             variables,
-            strategy.trainable,
             batches,
             test,
             key=run_key,
@@ -145,14 +139,6 @@ def _check_modality(settings: Finetune, source: Source, data: Examples) -> str:
     if settings.augment != "none" and modality != "image":
         raise ConfigError(f"augment={settings.augment!r} changes pictures; {source.name} takes {modality}")
     return modality
-
-
-def _strategy(settings: Finetune, model: Any) -> strategies.Strategy:
-    if settings.trainable:
-        return strategies.Strategy(" ".join(settings.trainable), jtl.select(*settings.trainable))
-    if settings.strategy == "last-blocks":
-        return strategies.last_blocks(strategies.depth_groups(model), settings.blocks)
-    return strategies.full() if settings.strategy == "full" else strategies.feature_extraction()
 
 
 def _batches(

@@ -6,6 +6,7 @@ with logistic regression. Learning rates were chosen on the validation films; th
 test films.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,11 +32,14 @@ MODEL, DATA = "minilm-l6", "rotten-tomatoes"
 class Way(NamedTuple):
     """A row of the table: how the model is trained."""
 
-    name: str
-    trainable: jtl.Mask
-    learning_rate: float
+    strategy: jtl.Strategy
     epochs: int
     pretrained: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        return self.strategy.name
 
 
 class Row(NamedTuple):
@@ -70,8 +73,8 @@ def run(settings: Quickstart, console: Console) -> list[Row]:
     tokenizer = text.tokenizer(folder)
     rows = []
     with progress.steps(console) as advance:
-        for way, objective in _objectives(settings, model, _ways(model)).items():
-            outcomes = list(_outcomes(settings, way, objective, model, pretrained, tokenizer, train, held_out, advance))
+        for way in _ways(settings, model):
+            outcomes = list(_outcomes(settings, way, model, pretrained, tokenizer, train, held_out, advance))
             rows.append(Row(way.name, outcomes))
         rows.append(
             Row(
@@ -88,39 +91,21 @@ def _check(settings: Quickstart) -> None:
         raise ConfigError("labels and held_out must be at least 2, seeds and batch_size at least 1")
 
 
-def _ways(model: Any) -> list[Way]:
-    groups = strategies.depth_groups(model)
-    probe, last, full = strategies.feature_extraction(), strategies.last_blocks(groups, 2), strategies.full()
-    return [
-        Way(probe.name, probe.trainable, 2e-2, 2),
-        Way(last.name, last.trainable, 2e-4, 2),
-        Way(full.name, full.trainable, 2e-4, 1),
-        Way("random weights, full", full.trainable, 2e-4, 1, pretrained=False),
-    ]
-
-
-class Objective(NamedTuple):
-    """What a run minimises, and how; the same objects for every seed, so that each compiles once."""
-
-    loss_fn: Any
-    tx: optax.GradientTransformation
-
-
-def _objectives(settings: Quickstart, model: Any, ways: Sequence[Way]) -> dict[Way, Objective]:
-    metrics = {"balanced accuracy": jtl.metrics.balanced_accuracy}
-    loss_fn = jtl.supervised(model, jtl.losses.cross_entropy, metrics=metrics)
+def _ways(settings: Quickstart, model: Any) -> list[Way]:
     steps = -(-settings.labels // settings.batch_size)
-    kinds = {(way.learning_rate, way.epochs * steps) for way in ways}
-    chains = {
-        kind: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(training.schedule(*kind))) for kind in kinds
-    }
-    return {way: Objective(loss_fn, chains[way.learning_rate, way.epochs * steps]) for way in ways}
+    groups = strategies.depth_groups(model)
+    full = strategies.full(training.optimizer(2e-4, steps))
+    return [
+        Way(strategies.feature_extraction(training.optimizer(2e-2, 2 * steps)), 2),
+        Way(strategies.last_blocks(training.optimizer(2e-4, 2 * steps), groups, 2), 2),
+        Way(full, 1),
+        Way(full._replace(name="random weights, full"), 1, pretrained=False),
+    ]
 
 
 def _outcomes(
     settings: Quickstart,
     way: Way,
-    objective: Objective,
     model: Any,
     pretrained: dict[str, Any],
     tokenizer: Any,
@@ -130,6 +115,7 @@ def _outcomes(
 ) -> Iterator[training.Outcome]:
     sizes = {"max_length": settings.max_length, "batch_size": settings.batch_size}
     test, _ = training.text_batches(tokenizer, held_out, **sizes)
+    loss_fn = _loss(model)
     for seed in range(settings.seeds):
         subset = examples.subset(train, settings.labels, seed=seed)
         batches, _ = training.text_batches(tokenizer, subset, seed=seed, epochs=way.epochs, **sizes)
@@ -137,8 +123,13 @@ def _outcomes(
         variables = _start(model, pretrained if way.pretrained else None, head_key)
         on_step = advance(f"{way.name}, seed {seed}", len(batches))
         yield training.run(
-            *objective, variables, way.trainable, batches, test, key=run_key, cache=settings.cache, on_step=on_step
+            loss_fn, way.strategy, variables, batches, test, key=run_key, cache=settings.cache, on_step=on_step
         ).outcome
+
+
+@functools.lru_cache(maxsize=1)  # one object for all runs, so that each step compiles once
+def _loss(model: Any) -> Any:
+    return jtl.supervised(model, jtl.losses.cross_entropy, metrics={"balanced accuracy": jtl.metrics.balanced_accuracy})
 
 
 def _start(model: Any, pretrained: dict[str, Any] | None, key: jax.Array) -> dict[str, Any]:

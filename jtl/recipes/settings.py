@@ -6,7 +6,18 @@ from typing import Annotated, Literal
 
 import tyro
 
-StrategyName = Literal["feature-extraction", "last-blocks", "full"]
+StrategyName = Literal[
+    "feature-extraction",
+    "last-blocks",
+    "first-blocks",
+    "full",
+    "lp-ft",
+    "gradual",
+    "layerwise-decay",
+    "bitfit",
+    "norms",
+    "l2-sp",
+]
 AugmentName = Literal["none", "flip", "crop-flip", "randaugment"]
 
 
@@ -41,7 +52,11 @@ class Finetune:
     strategy: StrategyName = "last-blocks"
     """What to train."""
     blocks: int = 2
-    """How many blocks, for the strategy last-blocks."""
+    """How many blocks, for the strategies last-blocks, first-blocks and gradual."""
+    decay: float = 0.75
+    """From one group of layers to the next one below it, for the strategy layerwise-decay."""
+    pull: float = 1e-2
+    """Of the weights towards the pretrained ones, for the strategy l2-sp."""
     trainable: tuple[str, ...] = ()
     """Patterns of the leaves to train, instead of a strategy; see `jtl inspect`."""
     out: Path | None = None

@@ -1,6 +1,7 @@
 """One training run: compile, train, evaluate, and count what it cost."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -115,9 +116,8 @@ def _with_margin(spec: ImageInput) -> ImageInput:
 
 def run(
     loss_fn: Any,
-    tx: optax.GradientTransformation,
+    strategy: jtl.Strategy,
     variables: Mapping[str, PyTree],
-    trainable: jtl.Mask,
     train: Batches,
     held_out: Batches,
     *,
@@ -131,9 +131,8 @@ def run(
 
     Args:
       loss_fn: from `jtl.supervised`.
-      tx: the optimizer.
+      strategy: what is trained, and how; its phases last for numbers of updates.
       variables: where to start.
-      trainable: the mask.
       train: batches to train on.
       held_out: batches to evaluate on.
       key: the random key of the run.
@@ -143,26 +142,88 @@ def run(
       on_step: called with the metrics of every step.
 
     Returns:
-      The state after the last step, and the outcome.
+      The state after the last step, and the outcome, with the bytes and the trained leaves of the last phase.
 
     Raises:
-      ConfigError: `cache` is "require" with an augmentation.
+      ConfigError: `cache` is "require" with an augmentation, or the run is too short for the strategy.
     """
     if augment is not None:
         check_cache(cache)
-    state, frozen = jtl.init(variables, tx, trainable=trainable, key=key)
-    trained, state_bytes = jtree.size(state.params), jtree.nbytes(state.opt_state)
-    started = time.perf_counter()
+    parts = _parts(strategy, train)
+    state, frozen = jtl.init(variables, strategy, key=key)
     if mesh is not None:
         jtl.parallel.shard_batch(next(iter(train)), mesh)  # a size that does not fit is refused before any work
+    data_key = jax.random.split(key, 3)[2]  # a step splits its key in two
+    costs, why = [], ""
+    for number, (phase, part) in enumerate(parts):
+        if number:
+            state, frozen = jtl.change(state, frozen, phase)
+        started = time.perf_counter()
+        prepared = _prepared(loss_fn, state, frozen, part, cache, augment, data_key)
+        why = why or prepared.why
+        state, cost = _phase(prepared, phase.tx, state, frozen, part, mesh, on_step, started)
+        costs.append(cost)
+    scores = jtl.evaluate(compiled_eval(loss_fn), *freeze(state, frozen), held_out, mesh=mesh)
+    steps, seconds = [len(part) for _, part in parts], sum(cost.seconds for cost in costs)
+    outcome = Outcome(
+        trained=jtree.size(state.params),
+        state_bytes=jtree.nbytes(state.opt_state),
+        gflops=sum(cost.gflops * count for cost, count in zip(costs, steps, strict=True)) / sum(steps),
+        compile_seconds=sum(cost.compile_seconds for cost in costs),
+        seconds=seconds,
+        examples_per_second=_examples(train) / seconds,
+        scores=scores,
+    )
+    return Run(state, frozen, outcome, why)
+
+
+class _Cost(NamedTuple):
+    """What a phase took; GFLOP per example."""
+
+    gflops: float
+    compile_seconds: float
+    seconds: float
+
+
+def _parts(strategy: jtl.Strategy, train: Batches) -> list[tuple[jtl.Phase, Batches]]:
+    """The batches of each phase."""
+    parts, start = [], train.start
+    for phase in strategy.phases:
+        if isinstance(phase.until, jtl.Plateau):
+            raise ConfigError(f"{strategy.name!r} waits for a plateau, which only jtl.fit does")
+        stop = train.total if phase.until is None else start + phase.until
+        if stop > train.total or start >= train.total:
+            raise ConfigError(
+                f"{strategy.name!r} has {len(strategy.phases)} phases, and the run {len(train)} steps; "
+                "give it more epochs, or shorter phases"
+            )
+        parts.append((phase, train.at(start).until(stop)))
+        start = stop
+    return parts
+
+
+def _prepared(
+    loss_fn: Any, state: TrainState, frozen: Frozen, part: Batches, cache: Mode, augment: Any, key: jax.Array
+) -> Prepared:
     if augment is None:
-        prepared = prepare(loss_fn, state, frozen, train, mode=cache)
-    else:
-        why = "no cache: the pictures are augmented anew in each epoch" if cache == "auto" else ""
-        keys = jax.random.split(key, 3)[2]  # a step splits its key in two
-        prepared = Prepared(loss_fn, jaugment.augmented(train, augment, keys), None, why)
+        return prepare(loss_fn, state, frozen, part, mode=cache)
+    why = "no cache: the pictures are augmented anew in each epoch" if cache == "auto" else ""
+    return Prepared(loss_fn, jaugment.augmented(part, augment, key), None, why)
+
+
+def _phase(
+    prepared: Prepared,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Frozen,
+    part: Batches,
+    mesh: Any,
+    on_step: Callable[[dict[str, Any]], None],
+    started: float,
+) -> tuple[TrainState, _Cost]:
+    """Compile, then train; filling the cache is part of the training that it saves."""
     filled = time.perf_counter()
-    gflops = _compile(prepared, tx, state, frozen, train, mesh)
+    gflops = _compile(prepared, tx, state, frozen, part, mesh)
     compiled = time.perf_counter()
     for report in jtl.fit(prepared.loss_fn, tx, state, frozen, prepared.batches, mesh=mesh, cache="off"):
         on_step(report.metrics)
@@ -170,11 +231,7 @@ def run(
     jax.block_until_ready(state.params)
     done = time.perf_counter()
     once = prepared.cache.prefix.seconds if prepared.cache else 0.0
-    seconds, compile_seconds = done - compiled + filled - started - once, compiled - filled + once
-    scores = jtl.evaluate(compiled_eval(loss_fn), *freeze(state, frozen), held_out, mesh=mesh)
-    rate = _examples(train) / seconds
-    outcome = Outcome(trained, state_bytes, gflops, compile_seconds, seconds, rate, scores)
-    return Run(state, frozen, outcome, prepared.why)
+    return state, _Cost(gflops, compiled - filled + once, done - compiled + filled - started - once)
 
 
 def check_cache(cache: Mode) -> None:
@@ -199,7 +256,7 @@ def _compile(prepared: Prepared, tx: Any, state: TrainState, frozen: Frozen, tra
     if mesh is not None:
         state, frozen = jtl.parallel.replicate(state, mesh), jtl.parallel.replicate(frozen, mesh)
     lowered: dict[tuple[int, ...], Any] = {}
-    for batch, step in zip(prepared.batches, range(len(train)), strict=False):
+    for batch, step in zip(prepared.batches, range(train.start, train.start + len(train)), strict=False):
         shape = _shape(train, step)
         if shape not in lowered:
             placed = batch if mesh is None else jtl.parallel.shard_batch(batch, mesh)
@@ -211,7 +268,7 @@ def _compile(prepared: Prepared, tx: Any, state: TrainState, frozen: Frozen, tra
     frequent = max(train.shapes, key=lambda shape: train.shapes[shape])
     flops = compiled[frequent].cost_analysis()["flops"]
     if prepared.cache is not None:
-        flops += prepared.cache.prefix.flops_at(frequent) / train.epochs
+        flops += prepared.cache.prefix.flops_at(frequent) * train.steps_per_epoch / len(train)
     return flops / frequent[0] / 1e9
 
 
@@ -220,6 +277,17 @@ def _shape(run: Batches, step: int) -> tuple[int, ...]:
     plan = run.plan(step)
     rows = len(plans.local(run.layout, plan, run.shard)[1])
     return (rows, plan.length) if plan.length else (rows,)
+
+
+@functools.lru_cache(maxsize=32)  # the same object for the same numbers, so that the same compiled step
+def optimizer(peak: float, steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip, on the learning rates of `schedule`.
+
+    Args:
+      peak: the highest learning rate.
+      steps: of the whole run.
+    """
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(peak, steps)))
 
 
 def schedule(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:

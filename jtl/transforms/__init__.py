@@ -1,0 +1,18 @@
+"""Optax transforms that transfer learning asks for. Like any other, they see trained leaves alone."""
+
+from jtl.transforms.anchors import PullState, pull_to_start
+from jtl.transforms.averages import AverageState, averaged, exponential_average, stochastic_average
+from jtl.transforms.joining import JoinedState, joining
+from jtl.transforms.scaling import scale_by_rules
+
+__all__ = [
+    "AverageState",
+    "JoinedState",
+    "PullState",
+    "averaged",
+    "exponential_average",
+    "joining",
+    "pull_to_start",
+    "scale_by_rules",
+    "stochastic_average",
+]
