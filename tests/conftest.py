@@ -19,6 +19,8 @@ install_import_hook("jtl", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore_glob = ["*/torch_*.py"]  # references in PyTorch, imported by the tests that have it
+
 
 def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("torch") is None:

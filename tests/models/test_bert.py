@@ -14,6 +14,7 @@ import pytest
 import jtl
 from jtl.errors import ConfigError, WeightsError
 from jtl.models import bert
+from jtl.weights.source import resolve
 
 from . import checkpoints
 
@@ -214,7 +215,7 @@ def _tokens(folder):
 
 @pytest.mark.assets
 def test_minilm_gives_the_similarities_that_sentence_transformers_documents():
-    folder = jtl.weights.source.resolve("minilm-l6").path
+    folder = resolve("minilm-l6").path
     model, variables = jtl.load("minilm-l6")
     pooled = _apply(model, variables, **jax.tree.map(jnp.array, _tokens(folder))).pooled
     unit = np.asarray(pooled) / np.linalg.norm(pooled, axis=1, keepdims=True)
@@ -228,7 +229,7 @@ def test_minilm_is_that_of_the_reference():
     pytest.importorskip("torch")
     import transformers
 
-    folder = jtl.weights.source.resolve("minilm-l6").path
+    folder = resolve("minilm-l6").path
     inputs = _tokens(folder)
     reference = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     hidden = reference(**_torch_inputs(inputs)).last_hidden_state.detach().numpy()
