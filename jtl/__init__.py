@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jtl import mixout as mixout
     from jtl import models as models
     from jtl import parallel as parallel
+    from jtl import peft as peft
     from jtl import rules as rules
     from jtl import soups as soups
     from jtl import strategies as strategies
@@ -74,6 +75,7 @@ _MODULES = (
     "mixout",
     "models",
     "parallel",
+    "peft",
     "rules",
     "soups",
     "strategies",

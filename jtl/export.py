@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +15,7 @@ from jtl.models import registry
 from jtl.models.recognise import OWN
 from jtl.typing import PyTree
 from jtl.weights import convert, safetensors
+from jtl.weights.folders import check_new, new_folder
 
 
 def save(
@@ -61,17 +59,11 @@ def save(
         tensors = dict(jtree.leaves_with_paths(dict(variables)))
     else:
         name, (settings, tensors) = "config.json", _as_transformers(model, variables, classes)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as unfinished:
         safetensors.write_tensors(unfinished / safetensors.SINGLE, tensors, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         (unfinished / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _as_transformers(
@@ -104,16 +96,6 @@ def _as_transformers(
         if path.endswith("/mean"):  # PyTorch counts batches beside the statistics, and reads the count nowhere
             tensors[source.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
     return settings, tensors
-
-
-def check_new(folder: Path) -> None:
-    """Refuse a folder that something is in.
-
-    Raises:
-      ConfigError: it exists and is not an empty folder.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not empty: name a new folder")
 
 
 def describe(model: Any) -> dict[str, Any]:

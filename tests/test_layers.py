@@ -25,7 +25,7 @@ TIERS = (
     ("augment",),
     ("weights",),
     ("models",),
-    ("pretrained", "strategies"),
+    ("pretrained", "strategies", "peft"),
     ("export",),
     ("data", "parallel"),
     ("cache",),

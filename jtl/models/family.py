@@ -78,12 +78,14 @@ class KeyLayout(NamedTuple):
         The head's leaves, `head/kernel` and `head/bias`, have rules as well.
       ignored: patterns of source tensors that have no place in a configuration's tree.
       rename: normalises the name of a source tensor: prefixes, old spellings.
+      in_memory: the name of a tensor of a file among the library's own modules, where that differs.
     """
 
     name: str
     keys: Callable[[Any], Sequence[KeyRule]]
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     rename: Callable[[str], str] = lambda name: name
+    in_memory: Callable[[str], str] = lambda name: name
 
 
 class Family(NamedTuple):

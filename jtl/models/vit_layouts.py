@@ -125,6 +125,26 @@ def transformers_name(name: str) -> str:
     return name
 
 
+_IN_MEMORY = {
+    r"\bencoder\.layer\.(\d+)\.": r"layers.\1.",
+    r"\.attention\.attention\.(query|key|value)\.": lambda found: f".attention.{found[1][0]}_proj.",
+    r"\.attention\.output\.dense\.": ".attention.o_proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+}
+
+
+def transformers_module(name: str) -> str:
+    """A tensor's name in the modules of transformers' release 5, from that in its files.
+
+    >>> transformers_module("vit.encoder.layer.3.output.dense.bias")
+    'vit.layers.3.mlp.fc2.bias'
+    """
+    for pattern, replacement in _IN_MEMORY.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 # Of timm and torchvision
 
 
@@ -169,7 +189,7 @@ def _plain(name: str) -> str:
 
 
 LAYOUTS = (
-    KeyLayout("transformers", transformers_rules, _transformers_ignored, transformers_name),
+    KeyLayout("transformers", transformers_rules, _transformers_ignored, transformers_name, transformers_module),
     KeyLayout("transformers, no head", lambda config: _backbone(""), _transformers_ignored, transformers_name),
     KeyLayout(
         # DeiT's two classifiers, where a model with the class token alone takes the first.

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import jtl
-from jtl import export
 from jtl.data import Examples, compare, examples, picture_batches, read, text, tfds
 from jtl.errors import ConfigError, DataError
 from jtl.pretrained import build
 from jtl.recipes import progress, training, ways
 from jtl.recipes.settings import Finetune
+from jtl.weights.folders import check_new
 from jtl.weights.source import Source, resolve
 
 
@@ -34,7 +34,7 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     """
     _check(settings)
     if settings.out is not None:
-        export.check_new(settings.out)
+        check_new(settings.out)
     train, held_out = _examples(settings)
     _report_data(train, held_out, console)
     head_key, run_key = jax.random.split(jax.random.key(settings.seed))

@@ -1,0 +1,16 @@
+"""Adapters: small trained leaves beside frozen ones, each a pair of pure functions `init` and `merge`.
+
+adapter = peft.lora(["**/query", "**/value"], rank=8)
+variables = peft.attach(adapter, variables, key=key)            # params gain subtrees `lora` beside kernels
+loss_fn = jtl.supervised(peft.adapted(model, adapter), ...)
+state, frozen = jtl.init(variables, tx, trainable=jtl.select("**/lora", "head"), key=key)
+...
+variables = peft.merge(adapter, jtl.variables(state, frozen))   # the plain model's variables again
+"""
+
+from jtl.peft.adapted import Adapted, adapted
+from jtl.peft.adapter import Adapter, attach, detach, merge
+from jtl.peft.lora import dora, lora
+from jtl.peft.store import load, save
+
+__all__ = ["Adapted", "Adapter", "adapted", "attach", "detach", "dora", "load", "lora", "merge", "save"]

@@ -1,0 +1,116 @@
+"""A model whose dense layers are changed by an adapter while they run, without merged kernels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jtl.errors import ConfigError
+from jtl.models.layers import Dense
+from jtl.peft.adapter import Adapter, Layer, detach, joined, parts
+from jtl.typing import Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model and an adapter; made by `adapted`."""
+
+    model: Any
+    adapter: Adapter
+
+    @property
+    def __call__(self) -> Callable[..., Any]:
+        """The model's own, so that its mode arguments are found by their names."""
+        return self.model.__call__
+
+    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with variables that the adapter's leaves are among; as `apply` of linen."""
+        served: set[str] = set()
+        unserved = parts(self.adapter, variables["params"])
+        if isinstance(self.model, nn.Module):
+            served, spoilt = set(), set()
+            with nn.intercept_methods(_interceptor(self.adapter, served, spoilt)):
+                outputs = self.model.apply(variables, *args, **kwargs)
+            unserved -= served - spoilt
+            if not unserved:
+                return outputs
+        if self.adapter.needs_call:
+            raise ConfigError(
+                f"{self.adapter.name} with dropout works on dense layers of linen; {sorted(unserved)[:3]} are not such"
+            )
+        return self._merged(variables, unserved, *args, **kwargs)
+
+    def _merged(self, variables: Variables, unserved: set[str], *args: Any, **kwargs: Any) -> Any:
+        """The same, with kernels merged where no dense layer serves them."""
+        plain, delta = detach(self.adapter, variables)
+        chosen = _within(delta, unserved, self.adapter.name)
+        params = self.adapter.merge(plain["params"], chosen)
+        rest = _within(delta, parts(self.adapter, delta) - unserved, self.adapter.name)
+        served: set[str] = set()
+        with nn.intercept_methods(_interceptor(self.adapter, served, set())):
+            return self.model.apply({**plain, "params": joined(params, rest)}, *args, **kwargs)
+
+
+def adapted(model: Any, adapter: Adapter) -> Adapted:
+    """A model for `jtl.supervised` that takes variables from `attach`.
+
+    Dense layers of linen are changed as they run: beside `x W`, thin products of x. So nothing of the size of a kernel
+    is made, and no gradient of one. Other adapted leaves (convolutions, embeddings, models that are not linen's) are
+    merged at the start of each call.
+
+    Args:
+      model: a linen module, or what `jtl.from_nnx` or `jtl.from_function` made.
+      adapter: from `lora` and the like.
+    """
+    return Adapted(model, adapter)
+
+
+def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callable[..., Any]:
+    def intercept(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if module.scope is None:
+            return next_fun(*args, **kwargs)
+        leaves = module.scope.variables().get("params", {})
+        part = leaves.get(adapter.name) if hasattr(leaves, "get") else None
+        if not part:
+            return next_fun(*args, **kwargs)
+        path = "/".join(module.path)
+        product = _product(module)
+        if context.method_name != "__call__" or product is None or set(part) != {"kernel"} or len(args) != 1 or kwargs:
+            if context.method_name != "setup":
+                spoilt.add(path)
+            return next_fun(*args, **kwargs)
+        served.add(path)
+        key = module.make_rng("dropout") if adapter.needs_call and module.has_rng("dropout") else None
+        params = {name: value for name, value in leaves.items() if name != adapter.name}
+        return adapter.call(Layer(next_fun, args[0], product, params, path), part, key)
+
+    return intercept
+
+
+def _product(module: nn.Module) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """How a dense layer multiplies; None of any other module."""
+    if type(module) in (Dense, nn.Dense):
+        axes: tuple[int, ...] = (-1,)
+    elif type(module) is nn.DenseGeneral and not module.batch_dims:
+        axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+    else:
+        return None
+    return lambda x, kernel: jnp.tensordot(x.astype(kernel.dtype), kernel, (axes, tuple(range(len(axes)))))
+
+
+def _within(delta: Any, modules: set[str], name: str, path: str = "") -> Any:
+    """The parts of a delta that belong to some modules."""
+    found = {}
+    for key, value in delta.items():
+        if key == name:
+            if path in modules:
+                found[key] = value
+            continue
+        inner = _within(value, modules, name, f"{path}/{key}".strip("/"))
+        if inner:
+            found[key] = inner
+    return found

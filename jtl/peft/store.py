@@ -1,0 +1,303 @@
+"""Adapters in the format of the PEFT library: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Each adapted tensor `<module>.weight` of the model in transformers has two thin ones:
+
+    base_model.model.<module>.lora_A.weight            [r, in], a convolution's [r, in, height, width]
+    base_model.model.<module>.lora_B.weight            [out, r], a convolution's [out, r, 1, 1]
+    base_model.model.<module>.lora_embedding_A         [r, entries]
+    base_model.model.<module>.lora_embedding_B         [width, r]
+    base_model.model.<module>.lora_magnitude_vector    [out], of DoRA
+    base_model.model.<module>.weight                   of a module that was trained whole
+"""
+
+import collections
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtl import tree as jtree
+from jtl.errors import ConfigError, SourceNotFoundError, WeightsError
+from jtl.models import registry
+from jtl.models.family import read_json
+from jtl.peft.adapter import Adapter, detach, joined
+from jtl.peft.lora import dora, lora, scale_of
+from jtl.typing import Variables
+from jtl.weights import convert, safetensors
+from jtl.weights.folders import check_new, new_folder
+
+CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+
+_REFUSED = {
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "megatron_config": (None,),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "exclude_modules": (None, []),
+}
+"""Settings that change what an adapter computes, with the values that are read here."""
+
+
+def load(folder: str | Path, model: Any, variables: Variables) -> tuple[Adapter, dict[str, Any]]:
+    """An adapter that PEFT wrote, attached to a model.
+
+    Args:
+      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      model: of jtl's families, of the adapter's base.
+      variables: of the model, without an adapter.
+
+    Returns:
+      `(adapter, variables)`: the variables have the adapter's leaves, and the modules that were trained whole.
+
+    Raises:
+      SourceNotFoundError: a file is missing.
+      ConfigError: an adapter of another kind, or settings that change what it computes and are not read.
+      WeightsError: a tensor without a place in the model, a missing or wrongly shaped one, or values not finite.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise SourceNotFoundError(f"{folder} has no {name}: it is not an adapter of PEFT's with safe tensors")
+    settings = read_json(folder / CONFIG)
+    _check(folder, settings)
+    places = _places(model, variables["params"])
+    parts: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+    whole: dict[str, np.ndarray] = {}
+    names: dict[str, str] = {}
+    for name, tensor in safetensors.read_tensors(folder / TENSORS).items():
+        path, part, module = _place(name, places, folder)
+        if part is None:
+            whole[path] = tensor
+        else:
+            parts[path][part], names[path] = tensor, module
+    wanted = {"a", "b", "magnitude"} if settings.get("use_dora") else {"a", "b"}
+    for path, part in parts.items():
+        if set(part) != wanted:
+            raise WeightsError(
+                f"{folder / TENSORS}: {path} has {sorted(part)} of an adapter; expected {sorted(wanted)}"
+            )
+    adapter = _adapter(settings, {path: part["a"].shape[0] for path, part in parts.items()}, names)
+    params = _replaced(variables["params"], whole, places, folder)
+    delta = _delta(adapter, params, parts, folder)
+    return adapter, {**variables, "params": joined(params, delta)}
+
+
+def save(
+    folder: str | Path, model: Any, adapter: Adapter, variables: Variables, *, base: str = "", whole: Sequence[str] = ()
+) -> None:
+    """Write an adapter as PEFT reads it: `PeftModel.from_pretrained(model, folder)`.
+
+    Args:
+      folder: must not exist, or be empty.
+      model: of jtl's families that transformers has.
+      adapter: LoRA or DoRA.
+      variables: with its leaves.
+      base: the name or path of the base model, for PEFT to find it.
+      whole: modules that were trained whole, such as `("head",)`, by their paths.
+
+    Raises:
+      ConfigError: the folder is not empty, the adapter is of another kind, or a path names no module.
+    """
+    if adapter.name not in ("lora", "dora"):
+        raise ConfigError(f"PEFT's format is written for LoRA and DoRA, not for {adapter.name}")
+    folder = Path(folder)
+    check_new(folder)
+    plain, delta = detach(adapter, variables)
+    tensors, adapted = _written(model, adapter, plain["params"], delta)
+    kept = _whole(model, plain["params"], whole)
+    settings = _settings(adapter, adapted, sorted({name.rpartition(".")[0] for name in kept}), base)
+    with new_folder(folder) as unfinished:
+        named = {PREFIX + name: value for name, value in {**tensors, **kept}.items()}
+        safetensors.write_tensors(unfinished / TENSORS, named, metadata={"format": "pt"})
+        (unfinished / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder} holds an adapter of the type {settings.get('peft_type')!r}; LORA is read")
+    for name, allowed in _REFUSED.items():
+        if settings.get(name, allowed[0]) not in allowed:
+            raise ConfigError(f"{folder / CONFIG} sets {name}={settings[name]!r}, which jtl does not have")
+    start = settings.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ConfigError(
+            f"{folder / CONFIG} has init_lora_weights={start!r}, which changes the base model's weights too: "
+            "convert the adapter with PEFT first"
+        )
+
+
+def _places(model: Any, params: Any) -> dict[str, tuple[str, Any]]:
+    """Normalised names of tensors in transformers, with the path and the layout of each leaf."""
+    layout = registry.of_model(model).layouts[0]
+    keys = layout.keys(model.config)
+    found = {path: convert.locate(path, keys) for path in jtree.paths(params)}
+    return {layout.rename(source): (path, axes) for path, (source, axes) in found.items()} | {"": ("", layout.rename)}
+
+
+def _place(name: str, places: Mapping[str, tuple[str, Any]], folder: Path) -> tuple[str, str | None, str]:
+    """The leaf's path, which part of its adapter a tensor is, and the name of the module."""
+    rename = places[""][1]
+    inner = name.removeprefix(PREFIX)
+    suffix = next((suffix for suffix in _PARTS if inner.endswith(f".{suffix}")), None)
+    module = inner.removesuffix(f".{suffix}") if suffix else inner.rpartition(".")[0]
+    source = rename(f"{module}.weight" if suffix else inner.replace(".modules_to_save.default.", "."))
+    if not source or source not in places:
+        raise WeightsError(f"{folder / TENSORS}: the tensor {name} has no place in the model")
+    return places[source][0], None if suffix is None else _PARTS[suffix], module
+
+
+def _adapter(settings: Mapping[str, Any], ranks: Mapping[str, int], names: Mapping[str, str]) -> Adapter:
+    make = dora if settings.get("use_dora") else lora
+    alphas = {path: _alpha(settings, names[path]) for path in ranks}
+    return make(
+        sorted(ranks),
+        rank=sorted(ranks.items()),
+        alpha=sorted(alphas.items()),
+        rank_stabilized=bool(settings.get("use_rslora")),
+        dropout=float(settings.get("lora_dropout") or 0.0),
+    )
+
+
+def _alpha(settings: Mapping[str, Any], module: str) -> float:
+    patterns = settings.get("alpha_pattern") or {}
+    found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    return float(next(found, settings.get("lora_alpha", 8)))
+
+
+def _replaced(params: Any, whole: Mapping[str, np.ndarray], places: Mapping[str, Any], folder: Path) -> Any:
+    layouts = {path: axes for path, axes in places.values() if path}
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in whole:
+            return leaf
+        value = layouts[path].read(whole[path])
+        if value.shape != leaf.shape:
+            raise WeightsError(f"{folder / TENSORS}: {path} has shape {leaf.shape}, the file {value.shape}")
+        return jnp.asarray(value, leaf.dtype)
+
+    return jtree.map_with_paths(replace, params)
+
+
+def _delta(adapter: Adapter, params: Any, parts: Mapping[str, Any], folder: Path) -> Any:
+    shapes = jax.eval_shape(lambda: adapter.init(params, jax.random.key(0)))
+
+    def fill(path: str, leaf: Any) -> Any:
+        *module, _, kernel, name = path.split("/")
+        target = "/".join([*module, kernel])
+        value = _read(parts[target][name], name)
+        if value.shape != leaf.shape:
+            raise WeightsError(f"{folder / TENSORS}: {name} of {target} has shape {value.shape}, expected {leaf.shape}")
+        if not np.isfinite(value).all():
+            raise WeightsError(f"{folder / TENSORS}: {name} of {target} has values that are not finite")
+        return jnp.asarray(value, leaf.dtype)
+
+    return jtree.map_with_paths(fill, shapes)
+
+
+def _read(value: np.ndarray, name: str) -> np.ndarray:
+    if name == "magnitude":
+        return value.reshape(-1)
+    if value.ndim == 4 and name == "b":
+        value = value[:, :, 0, 0]
+    return np.transpose(value, (2, 3, 1, 0)) if value.ndim == 4 else value.T
+
+
+def _write(value: np.ndarray, name: str, kernel: Any) -> np.ndarray:
+    if name == "magnitude":
+        return value.reshape(1, -1, 1, 1) if kernel.ndim == 4 else value
+    if kernel.ndim != 4:
+        return value.T
+    return np.transpose(value, (3, 2, 0, 1)) if name == "a" else value.T[:, :, None, None]
+
+
+def _written(
+    model: Any, adapter: Adapter, params: Any, delta: Any
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, float]]]:
+    """The thin tensors by name, and rank and alpha of each module."""
+    kernels, tensors, adapted = dict(jtree.leaves_with_paths(params)), {}, {}
+    for path, leaf in jtree.leaves_with_paths(delta):
+        *module, _, kernel, name = path.split("/")
+        target = "/".join([*module, kernel])
+        base = _name(model, target).removesuffix(".weight")
+        embedding = kernel == "embedding"
+        suffix = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[name]
+        if embedding and name != "magnitude":
+            suffix = f"lora_embedding_{name.upper()}"
+        tensors[f"{base}.{suffix}"] = _write(np.asarray(leaf), name, kernels[target])
+        if name == "a":
+            adapted[base] = leaf.shape[-1], scale_of(adapter, target, leaf.shape[-1])
+    return tensors, adapted
+
+
+def _name(model: Any, path: str) -> str:
+    """The name of a leaf's tensor among the modules of the class of transformers that `jtl.save` writes."""
+    family, layout = registry.of_model(model), registry.of_model(model).layouts[0]
+    if family.settings is None:
+        raise ConfigError(f"transformers has no model of the family {family.name}")
+    outputs = None if model.head is None else model.head.outputs
+    backbone = f"{family.settings(model.config, outputs)['model_type']}."
+    source = convert.locate(path, layout.keys(model.config))[0]
+    if path.startswith("head/"):
+        return source
+    source = source.removeprefix(backbone)
+    return layout.in_memory(source if outputs is None else backbone + source)
+
+
+def _whole(model: Any, params: Any, modules: Sequence[str]) -> dict[str, np.ndarray]:
+    layout, found = registry.of_model(model).layouts[0], {}
+    for module in modules:
+        leaves = [(path, leaf) for path, leaf in jtree.leaves_with_paths(params) if path.startswith(f"{module}/")]
+        if not leaves:
+            raise ConfigError(f"{module!r} is no module of the model")
+        for path, leaf in leaves:
+            axes = convert.locate(path, layout.keys(model.config))[1]
+            found[_name(model, path)] = axes.write(np.asarray(leaf))
+    return found
+
+
+def _settings(
+    adapter: Adapter, adapted: Mapping[str, tuple[int, float]], whole: Sequence[str], base: str
+) -> dict[str, Any]:
+    """PEFT's configuration. A scale is written as its alpha, so rank stabilisation is already in it."""
+    alphas = {name: scale * rank for name, (rank, scale) in adapted.items()}
+    (rank, _), (alpha, _) = (
+        collections.Counter(values).most_common(1)[0]
+        for values in ([rank for rank, _ in adapted.values()], list(alphas.values()))
+    )
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(name): r for name, (r, _) in adapted.items() if r != rank},
+        "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
+        "target_modules": sorted(adapted),
+        "modules_to_save": list(whole) or None,
+        "lora_dropout": adapter.settings.dropout,
+        "use_rslora": False,
+        "use_dora": adapter.name == "dora",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }

@@ -1,0 +1,41 @@
+"""Folders that are written whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from jtl.errors import ConfigError
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that something is in.
+
+    Raises:
+      ConfigError: it exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty: name a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A place beside a folder to write its files in; it takes the folder's name at the end, if nothing was raised.
+
+    Args:
+      folder: must not exist, or be empty.
+
+    Raises:
+      ConfigError: something is in it.
+    """
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
