@@ -10,7 +10,8 @@ variables = peft.merge(adapter, jtl.variables(state, frozen))   # the plain mode
 
 from jtl.peft.adapted import Adapted, adapted
 from jtl.peft.adapter import Adapter, attach, detach, merge
+from jtl.peft.ia3 import ia3
 from jtl.peft.lora import dora, lora
 from jtl.peft.store import load, save
 
-__all__ = ["Adapted", "Adapter", "adapted", "attach", "detach", "dora", "load", "lora", "merge", "save"]
+__all__ = ["Adapted", "Adapter", "adapted", "attach", "detach", "dora", "ia3", "load", "lora", "merge", "save"]

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jtl import rules
 from jtl import tree as jtree
-from jtl.errors import ConfigError, MaskError, PatternError
+from jtl.errors import ConfigError, PatternError
+from jtl.peft import kernels
 from jtl.peft.adapter import Adapter, Layer
+from jtl.peft.kernels import Shape, Targets
 from jtl.rules import Rules
 from jtl.typing import Key, Params, PyTree
 
@@ -20,14 +20,12 @@ from jtl.typing import Key, Params, PyTree
 class _Settings(NamedTuple):
     """What `lora` was given."""
 
-    targets: tuple[str, ...]
+    name: str
+    targets: Targets
     rank: int | Rules
     alpha: float | Rules | None
     rank_stabilized: bool
     dropout: float
-    input_axes: Rules
-    stacked: tuple[str, ...]
-    name: str = "lora"
 
 
 def lora(
@@ -61,15 +59,8 @@ def lora(
     References:
       Hu et al, LoRA, 2021 (arXiv 2106.09685); Kalajdzievski, rsLoRA, 2023 (arXiv 2312.03732).
     """
-    settings = _checked(targets, rank, alpha, rank_stabilized, dropout, input_axes, stacked)
-    return Adapter(
-        "lora",
-        functools.partial(_init, settings),
-        functools.partial(_merge, settings),
-        functools.partial(_call, settings),
-        needs_call=dropout > 0,
-        settings=settings,
-    )
+    chosen = kernels.targets(targets, input_axes, stacked)
+    return _adapter("lora", chosen, rank, alpha, rank_stabilized, dropout)
 
 
 def dora(
@@ -98,88 +89,33 @@ def dora(
     References:
       Liu et al, DoRA, 2024 (arXiv 2402.09353).
     """
-    settings = _checked(targets, rank, alpha, rank_stabilized, dropout, input_axes, stacked)._replace(name="dora")
-    return Adapter(
-        "dora",
-        functools.partial(_init, settings),
-        functools.partial(_merge, settings),
-        functools.partial(_call, settings),
-        needs_call=dropout > 0,
-        settings=settings,
-    )
+    chosen = kernels.targets(targets, input_axes, stacked)
+    return _adapter("dora", chosen, rank, alpha, rank_stabilized, dropout)
 
 
-def _checked(
-    targets: Sequence[str], rank: Any, alpha: Any, stabilized: bool, dropout: float, input_axes: Rules, stacked: Any
-) -> _Settings:
-    if isinstance(targets, str) or not targets:
-        raise PatternError(f"targets are a list of patterns, such as ['**/query']; got {targets!r}")
-    for pattern in (*targets, *stacked):
-        rules.compile_pattern(pattern)
+def _adapter(
+    name: str, chosen: Targets, rank: int | Rules, alpha: float | Rules | None, stabilized: bool, dropout: float
+) -> Adapter:
     for value in [rank] if isinstance(rank, int) else [value for _, value in rank]:
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"a rank is {value!r}; expected a whole number from 1 on")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout={dropout}: expected a number from 0 to below 1")
-    return _Settings(tuple(targets), rank, alpha, stabilized, dropout, input_axes, tuple(stacked))
-
-
-class _Shape(NamedTuple):
-    """A kernel's axes: over stacked layers, inputs and outputs."""
-
-    stack: tuple[int, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-
-def _shape(settings: _Settings, path: str, leaf: Any) -> _Shape:
-    shape = tuple(np.shape(leaf))
-    stack = int(any(rules.matches(pattern, path) for pattern in settings.stacked))
-    axes = shape[stack:]
-    given = _first(settings.input_axes, path)
-    if given is None:
-        given = {3: 2 if path.split("/")[-2:-1] == ["out"] else 1, 4: 3}.get(len(axes), 1)
-    if not 1 <= given < len(axes):
-        raise ConfigError(f"{path} has the axes {axes}: {given} of them cannot be its inputs")
-    return _Shape(shape[:stack], axes[:given], axes[given:])
-
-
-def _first(table: Rules, path: str) -> Any:
-    return next((value for pattern, value in table if rules.matches(pattern, path)), None)
-
-
-def _kernels(settings: _Settings, params: Params) -> dict[str, Any]:
-    """The leaves to adapt, by path."""
-    rules.require_matches(settings.targets, params)
-    found = {}
-    for path, leaf in jtree.leaves_with_paths(params):
-        stack = int(any(rules.matches(pattern, path) for pattern in settings.stacked))
-        if path.rpartition("/")[2] in ("bias", "scale"):
-            continue  # those of linen's DenseGeneral have as many axes as its outputs
-        if np.ndim(leaf) >= 2 + stack and any(rules.matches(pattern, path) for pattern in settings.targets):
-            found[path] = leaf
-    for pattern in settings.targets:
-        if not any(rules.matches(pattern, path) for path in found):
-            raise MaskError(f"the pattern {pattern!r} names no leaf of two or more axes that could be adapted")
-    return found
+    settings = _Settings(name, chosen, rank, alpha, stabilized, dropout)
+    init, merge, call = (functools.partial(function, settings) for function in (_init, _merge, _call))
+    return Adapter(name, init, merge, call, needs_call=dropout > 0, settings=settings)
 
 
 def _init(settings: _Settings, params: Params, key: Key) -> Params:
-    kernels = _kernels(settings, params)
-    keys = jax.random.split(key, len(kernels))
-    delta: dict[str, Any] = {}
-    for (path, leaf), leaf_key in zip(kernels.items(), keys, strict=True):
-        *module, name = path.split("/")
-        place = delta
-        for segment in [*module, settings.name]:
-            place = place.setdefault(segment, {})
-        place[name] = _new(settings, path, leaf, leaf_key)
-    return delta
+    found = kernels.kernels(settings.targets, params)
+    keys = jax.random.split(key, len(found))
+    leaves = zip(found.items(), keys, strict=True)
+    return kernels.built(settings.name, {path: _new(settings, path, leaf, key) for (path, leaf), key in leaves})
 
 
 def _new(settings: _Settings, path: str, leaf: Any, key: Key) -> dict[str, jax.Array]:
-    shape, rank = _shape(settings, path, leaf), _rank(settings, path)
-    dtype = jtree.wide_dtype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.dtype(jnp.float32)
+    shape, rank = kernels.shape_of(settings.targets, path, leaf), _rank(settings, path)
+    dtype = kernels.dtype_of(leaf)
     a, b = (*shape.stack, *shape.inputs, rank), (*shape.stack, rank, *shape.outputs)
     if path.endswith("embedding"):
         part = {"a": jnp.zeros(a, dtype), "b": jax.random.normal(key, b, dtype)}
@@ -190,7 +126,7 @@ def _new(settings: _Settings, path: str, leaf: Any, key: Key) -> dict[str, jax.A
 
 
 def _rank(settings: _Settings, path: str) -> int:
-    rank = settings.rank if isinstance(settings.rank, int) else _first(settings.rank, path)
+    rank = settings.rank if isinstance(settings.rank, int) else kernels.first(settings.rank, path)
     if rank is None:
         raise PatternError(f"no rule of ranks covers {path}")
     return rank
@@ -199,7 +135,7 @@ def _rank(settings: _Settings, path: str) -> int:
 def _scale(settings: _Settings, path: str, rank: int) -> float:
     alpha = settings.alpha
     if alpha is not None and not isinstance(alpha, int | float):
-        alpha = _first(alpha, path)
+        alpha = kernels.first(alpha, path)
     if alpha is None:
         alpha = float(rank)
     return float(alpha) / (math.sqrt(rank) if settings.rank_stabilized else rank)
@@ -216,23 +152,20 @@ def scale_of(adapter: Adapter, path: str, rank: int) -> float:
     return _scale(adapter.settings, path, rank)
 
 
-def _norm(kernel: jax.Array, shape: _Shape) -> jax.Array:
+def _norm(kernel: jax.Array, shape: Shape) -> jax.Array:
     axes = tuple(range(len(shape.stack), len(shape.stack) + len(shape.inputs)))
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axes))
 
 
-def _factor(magnitude: jax.Array, kernel: jax.Array, shape: _Shape) -> jax.Array:
+def _factor(magnitude: jax.Array, kernel: jax.Array, shape: Shape) -> jax.Array:
     """The magnitude over a norm that has no gradient; 1 for an output whose kernel is zero."""
     norm = jax.lax.stop_gradient(_norm(jax.lax.stop_gradient(kernel), shape))
     return jnp.where(norm > 0, magnitude / jnp.where(norm > 0, norm, 1), jnp.ones((), norm.dtype))
 
 
 def _merge(settings: _Settings, params: Params, delta: Params) -> Params:
-    parts = _parts(settings, delta)
-    known = set(jtree.paths(params))
-    strange = sorted(set(parts) - known)
-    if strange:
-        raise ConfigError(f"the adapter has leaves for {strange[:3]}, which the params do not have")
+    parts = kernels.by_kernel(delta)
+    kernels.require_kernels(parts, params)
 
     def changed(path: str, leaf: Any) -> Any:
         return _merged(settings, path, leaf, parts[path]) if path in parts else leaf
@@ -240,17 +173,8 @@ def _merge(settings: _Settings, params: Params, delta: Params) -> Params:
     return jtree.map_with_paths(changed, params)
 
 
-def _parts(settings: _Settings, delta: Params) -> dict[str, dict[str, jax.Array]]:
-    """The adapter's leaves of each kernel, by the kernel's path."""
-    parts: dict[str, dict[str, jax.Array]] = {}
-    for path, leaf in jtree.leaves_with_paths(delta):
-        *module, _, kernel, name = path.split("/")
-        parts.setdefault("/".join([*module, kernel]), {})[name] = leaf
-    return parts
-
-
 def _merged(settings: _Settings, path: str, kernel: jax.Array, part: Mapping[str, jax.Array]) -> jax.Array:
-    shape = _shape(settings, path, kernel)
+    shape = kernels.shape_of(settings.targets, path, kernel)
     wide = kernel.astype(part["a"].dtype)
     whole = wide + _product(part, shape, _scale(settings, path, part["a"].shape[-1]))
     if "magnitude" in part:
@@ -258,14 +182,14 @@ def _merged(settings: _Settings, path: str, kernel: jax.Array, part: Mapping[str
     return whole.astype(kernel.dtype)
 
 
-def _product(part: Mapping[str, jax.Array], shape: _Shape, scale: float) -> jax.Array:
+def _product(part: Mapping[str, jax.Array], shape: Shape, scale: float) -> jax.Array:
     rank, stack = part["a"].shape[-1], shape.stack
     a = part["a"].reshape(*stack, math.prod(shape.inputs), rank)
     b = part["b"].reshape(*stack, rank, math.prod(shape.outputs))
     return (scale * (a @ b)).reshape(*stack, *shape.inputs, *shape.outputs)
 
 
-def _spread(outputs: jax.Array, shape: _Shape) -> jax.Array:
+def _spread(outputs: jax.Array, shape: Shape) -> jax.Array:
     """`[*stack, *outputs]` with axes of one for the inputs."""
     return outputs.reshape(*shape.stack, *(1 for _ in shape.inputs), *shape.outputs)
 
@@ -282,7 +206,7 @@ def _call(settings: _Settings, layer: Layer, part: PyTree, key: Key | None) -> j
     if "magnitude" not in thin:
         return outputs + change
     kernel = layer.params[name]
-    shape = _Shape((), kernel.shape[: thin["a"].ndim - 1], kernel.shape[thin["a"].ndim - 1 :])
+    shape = Shape((), kernel.shape[: thin["a"].ndim - 1], kernel.shape[thin["a"].ndim - 1 :])
     whole = kernel.astype(thin["a"].dtype) + _product(thin, shape, scale)
     factor = _factor(thin["magnitude"], whole, shape).astype(dtype)
     factor = jnp.expand_dims(factor, tuple(range(outputs.ndim - factor.ndim)))

@@ -1,5 +1,7 @@
 """LoRA and DoRA: against their formulas, merged against running, and what one mask makes of them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -62,15 +64,19 @@ TARGETS = {
     "mixed": ["**/dense", "table", "conv", "**/out"],
     "scan": ["**/dense", "**/heads", "**/out"],
 }
-MAKERS = {"lora": peft.lora, "dora": peft.dora}
+MAKERS = {
+    "lora": (peft.lora, {"rank": 2, "alpha": 3.0}),
+    "dora": (peft.dora, {"rank": 2, "alpha": 3.0}),
+    "ia3": (peft.ia3, {"inputs": ["**/out"]}),
+}
 everywhere = pytest.mark.parametrize(("kind", "maker"), [(k, m) for k in TARGETS for m in MAKERS])
 
 
 def made(kind, maker, **settings):
-    model = Net(kind)
-    variables = jax.jit(model.init)(jax.random.key(0), X)
+    model, variables = initial(kind)
     settings |= {"stacked": ["blocks"]} if kind == "scan" else {}
-    adapter = MAKERS[maker](TARGETS[kind], **{"rank": 2, "alpha": 3.0, **settings})
+    make, usual = MAKERS[maker]
+    adapter = make(TARGETS[kind], **{**usual, **settings})
     return model, variables, adapter, peft.attach(adapter, variables, key=jax.random.key(1))
 
 
@@ -90,14 +96,20 @@ def same(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol), a, b)
 
 
+@functools.cache
+def initial(kind):
+    model = Net(kind)
+    return model, jax.jit(model.init)(jax.random.key(0), X)
+
+
 @everywhere
 def test_a_new_adapter_changes_nothing(kind, maker):
     model, variables, adapter, attached = made(kind, maker)
     merged = peft.merge(adapter, attached)
-    if maker == "lora":
+    if maker != "dora":
         jax.tree.map(np.testing.assert_array_equal, merged, variables)
     same(merged, variables, 1e-6)
-    same(peft.adapted(model, adapter).apply(attached, X), model.apply(variables, X))
+    same(jax.jit(peft.adapted(model, adapter).apply)(attached, X), jax.jit(model.apply)(variables, X))
 
 
 @everywhere
@@ -106,12 +118,13 @@ def test_running_equals_merged_in_values_and_gradients(kind, maker):
     attached = moved(attached, maker)
     running = peft.adapted(model, adapter)
     merged = peft.merge(adapter, attached)
-    assert np.abs(model.apply(merged, X) - model.apply(made(kind, maker)[1], X)).max() > 1e-2
-    same(running.apply(attached, X), model.apply(merged, X))
+    plain = jax.jit(model.apply)
+    assert np.abs(plain(merged, X) - plain(made(kind, maker)[1], X)).max() > 1e-2
+    same(jax.jit(running.apply)(attached, X), plain(merged, X))
     loss = jtl.supervised(model, jtl.losses.cross_entropy)
     other = jtl.supervised(running, jtl.losses.cross_entropy)
-    expected = jax.grad(lambda v: loss(peft.merge(adapter, v)["params"], {}, BATCH, key=None)[0])(attached)
-    found = jax.grad(lambda v: other(v["params"], {}, BATCH, key=None)[0])(attached)
+    expected = jax.jit(jax.grad(lambda v: loss(peft.merge(adapter, v)["params"], {}, BATCH, key=None)[0]))(attached)
+    found = jax.jit(jax.grad(lambda v: other(v["params"], {}, BATCH, key=None)[0]))(attached)
     same(found, expected)
 
 
