@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jtl import transforms as transforms
     from jtl import tree as tree
     from jtl import weights as weights
+    from jtl.auditing import Audit as Audit
+    from jtl.auditing import audit as audit
     from jtl.boundary import Split as Split
     from jtl.boundary import split as split
     from jtl.export import save as save
@@ -86,6 +88,8 @@ _MODULES = (
 )
 
 _NAMES = {
+    "Audit": "auditing",
+    "audit": "auditing",
     "Aux": "step",
     "Frozen": "state",
     "Mask": "masks",

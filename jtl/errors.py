@@ -30,6 +30,10 @@ class SplitError(JtlError, ValueError):
     """A loss cannot be cut at the freeze boundary, or what was cut does not fit together again."""
 
 
+class AuditError(JtlError, ValueError):
+    """A step does not train what its mask says, or something else besides."""
+
+
 class CacheError(JtlError, OSError):
     """A cache cannot be written or read."""
 

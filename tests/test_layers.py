@@ -21,7 +21,7 @@ TIERS = (
     ("state", "interop"),
     ("transforms",),
     ("step",),
-    ("objective", "boundary", "mixout", "surgery", "soups"),
+    ("objective", "boundary", "mixout", "surgery", "soups", "auditing"),
     ("augment",),
     ("weights",),
     ("models",),
