@@ -14,6 +14,7 @@ import optax
 from jtl import modes
 from jtl import tree as jtree
 from jtl.errors import AuditError, ConfigError
+from jtl.masks import Mask
 from jtl.modes import INFERENCE, Modes
 from jtl.state import TrainState, init, standard_promotion, variables
 from jtl.step import LossFn, call_loss, train_step
@@ -40,6 +41,20 @@ class Finding(NamedTuple):
     detail: str
 
 
+class Rule(NamedTuple):
+    """A part of the mask.
+
+    Attributes:
+      text: the pattern, or what else the part is.
+      paths: of the leaves that it trains.
+      size: of their parameters.
+    """
+
+    text: str
+    paths: tuple[str, ...]
+    size: int
+
+
 class Module(NamedTuple):
     """How a module ran.
 
@@ -60,6 +75,8 @@ class Audit(NamedTuple):
     """What `audit` found.
 
     Attributes:
+      rules: what each part of the mask matches.
+      unmatched: paths of the leaves that none matches: the frozen ones.
       trained: parameters trained.
       frozen: parameters frozen.
       trained_bytes: of the trained leaves.
@@ -73,6 +90,8 @@ class Audit(NamedTuple):
       findings: one for each check.
     """
 
+    rules: tuple[Rule, ...]
+    unmatched: tuple[str, ...]
     trained: int
     frozen: int
     trained_bytes: int
@@ -114,9 +133,9 @@ def audit(
 ) -> Audit:
     """Run a step some times, and compare what it did, and what it costs, with what the mask says.
 
-    The checks: frozen leaves and statistics are bit-identical afterwards; every trained leaf moved; frozen modules
-    used running statistics and no dropout; no leaf is tied across the mask; the step holds no leaf of the model as a
-    constant; and it computes no more than the mask needs.
+    The checks: frozen leaves and statistics are bit-identical afterwards; the loss depends on every trained leaf;
+    frozen modules used running statistics and no dropout; no leaf is tied across the mask; the step holds no leaf of
+    the model as a constant; and it computes no more than the mask needs.
 
     Args:
       step: `(state, frozen, batch) -> (state, anything)`, jitted or not: of `jtl.train_step`, or of one's own loop.
@@ -124,7 +143,7 @@ def audit(
       frozen: what it reads.
       batch: to run it on.
       loss_fn: the loss inside, for the ideal number of operations; without it they are not compared.
-      trainable: the mask; by default what `state` is a `TrainState` of.
+      trainable: the mask; by default what `state` is a `TrainState` of. A mask with a name says more of its parts.
       whole: `(state, frozen)` to variables, `{"params": ..., **collections}`, where they are not jtl's.
       steps: how many to run.
 
@@ -153,6 +172,8 @@ def audit(
         findings += [_mode(seen.modules), _constants(seen.constants, before)]
         findings += _cost(seen.flops, ideal, jtree.size(trained))
     return Audit(
+        rules=_rules(trainable, mask, before["params"]),
+        unmatched=tuple(jtree.paths(held)),
         trained=jtree.size(trained),
         frozen=jtree.size(held),
         trained_bytes=jtree.nbytes(trained),
@@ -167,11 +188,23 @@ def audit(
 
 
 def _mask(state: Any, whole: Variables, trainable: MaskLike | None) -> PyTree:
-    if trainable is not None:
-        return jtree.as_bools(trainable, whole["params"])
+    given = None if trainable is None else jtree.as_bools(trainable, whole["params"])
     if not isinstance(state, TrainState):
-        raise ConfigError(f"the state is a {type(state).__name__}, which does not tell the mask: pass trainable=")
-    return jtree.mask_of(state.params, whole["params"])
+        if given is None:
+            raise ConfigError(f"the state is a {type(state).__name__}, which does not tell the mask: pass trainable=")
+        return given
+    mask = jtree.mask_of(state.params, whole["params"])
+    if given is not None and given != mask:
+        pairs = zip(jtree.leaves_with_paths(given), jax.tree.leaves(mask), strict=True)
+        other = [path for (path, one), two in pairs if one != two]
+        raise ConfigError(f"the state was made with another mask: it differs from trainable= at {other[:3]}")
+    return mask
+
+
+def _rules(trainable: MaskLike | None, mask: PyTree, params: PyTree) -> tuple[Rule, ...]:
+    parts = trainable.parts if isinstance(trainable, Mask) else (Mask(lambda _: mask, "the mask"),)
+    chosen = [(repr(part), jtree.partition(params, part)[0]) for part in parts]
+    return tuple(Rule(text, tuple(jtree.paths(tree)), jtree.size(tree)) for text, tree in chosen)
 
 
 def _flat(whole: Variables) -> dict[str, np.ndarray]:

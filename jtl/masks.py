@@ -30,6 +30,7 @@ class Mask:
     Args:
       fn: from a tree to Python bools in its structure.
       text: what `repr` shows.
+      parts: of a union, for those who report on each.
 
     >>> mask = select("head") | select("**/bias")
     >>> mask({"head": {"kernel": 0}, "stem": {"bias": 0, "kernel": 0}})
@@ -38,8 +39,13 @@ class Mask:
     ~(select('head') | select('**/bias'))
     """
 
-    def __init__(self, fn: Callable[[PyTree], PyTree], text: str):
-        self._fn, self._text = fn, text
+    def __init__(self, fn: Callable[[PyTree], PyTree], text: str, parts: Sequence["Mask"] = ()):
+        self._fn, self._text, self._parts = fn, text, tuple(parts)
+
+    @property
+    def parts(self) -> tuple["Mask", ...]:
+        """The masks that this one is the union of; of one that is no union, itself."""
+        return self._parts or (self,)
 
     def __call__(self, tree: PyTree) -> PyTree:
         """Bools in the structure of `tree`."""
@@ -78,7 +84,12 @@ def _binary(op: Callable[[bool, bool], bool], sign: str, left: MaskLike, right: 
     def apply(tree: PyTree) -> PyTree:
         return jax.tree.map(op, jtree.as_bools(left, tree), jtree.as_bools(right, tree))
 
-    return Mask(apply, f"({_name(left)} {sign} {_name(right)})")
+    parts = [part for side in (left, right) for part in _parts(side)] if sign == "|" else []
+    return Mask(apply, f"({_name(left)} {sign} {_name(right)})", parts)
+
+
+def _parts(mask: MaskLike) -> tuple[Mask, ...]:
+    return mask.parts if isinstance(mask, Mask) else (Mask(lambda tree: jtree.as_bools(mask, tree), _name(mask)),)
 
 
 def _name(mask: MaskLike) -> str:
@@ -112,7 +123,8 @@ def select(*patterns: str) -> Mask:
         rules.require_matches(patterns, tree)
         return jtree.map_with_paths(lambda path, _: any(rules.matches(p, path) for p in patterns), tree)
 
-    return Mask(apply, f"select({', '.join(map(repr, patterns))})")
+    parts = [select(pattern) for pattern in patterns] if len(patterns) > 1 else []
+    return Mask(apply, f"select({', '.join(map(repr, patterns))})", parts)
 
 
 def where(predicate: Callable[[str, Any], bool], text: str = "") -> Mask:

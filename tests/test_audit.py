@@ -203,3 +203,20 @@ def test_what_cannot_be_audited_is_refused():
         jtl.audit(step, state, frozen, BATCH, steps=0)
     with pytest.raises(errors.ConfigError, match="pass trainable="):
         jtl.audit(step, (VARIABLES,), (), BATCH, whole=lambda state, frozen: state[0])
+    with pytest.raises(errors.ConfigError, match=r"another mask.*block/bias"):
+        jtl.audit(step, state, frozen, BATCH, trainable=HEAD | jtl.select("block"))
+
+
+def test_each_part_of_the_mask_tells_its_leaves():
+    mask = jtl.select("head", "**/bias") | (jtl.masks.norms() - jtl.select("stem_norm"))
+    state, frozen = jtl.init(VARIABLES, CHAIN, trainable=mask, key=jax.random.key(1))
+    report = jtl.audit(jtl.train_step(LOSS, CHAIN), state, frozen, BATCH, trainable=mask).require()
+    found = {rule.text: (rule.paths, rule.size) for rule in report.rules}
+    assert found == {
+        "select('head')": (("head/bias", "head/kernel"), 99),
+        "select('**/bias')": (("block/bias", "block_norm/bias", "head/bias", "stem/bias", "stem_norm/bias"), 131),
+        "(norms() - select('stem_norm'))": (("block_norm/bias", "block_norm/scale"), 64),
+    }
+    assert report.unmatched == ("block/kernel", "stem/kernel", "stem_norm/scale")
+    nameless = jtl.audit(jtl.train_step(LOSS, CHAIN), state, frozen, BATCH)
+    assert [(rule.text, rule.size) for rule in nameless.rules] == [("the mask", report.trained)]

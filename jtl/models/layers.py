@@ -125,7 +125,7 @@ class SelfAttention(nn.Module):
         """
         width = x.shape[-1]
         project = functools.partial(Dense, width, self.init_scale, self.dtype)
-        heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
+        heads = (len(x), -1, self.num_heads, width // self.num_heads)  # an adapter may add keys and values
         q_BxSxHxD, k_BxTxHxD, v_BxTxHxD = (
             project(name=n, use_bias=self.qkv_bias)(x).reshape(heads) for n in ("query", "key", "value")
         )

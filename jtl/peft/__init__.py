@@ -10,8 +10,29 @@ variables = peft.merge(adapter, jtl.variables(state, frozen))   # the plain mode
 
 from jtl.peft.adapted import Adapted, adapted
 from jtl.peft.adapter import Adapter, attach, detach, merge
+from jtl.peft.bottleneck import bottleneck
 from jtl.peft.ia3 import ia3
 from jtl.peft.lora import dora, lora
+from jtl.peft.many import route, stack, unstack
+from jtl.peft.prompts import prefix, prompt
 from jtl.peft.store import load, save
 
-__all__ = ["Adapted", "Adapter", "adapted", "attach", "detach", "dora", "ia3", "load", "lora", "merge", "save"]
+__all__ = [
+    "Adapted",
+    "Adapter",
+    "adapted",
+    "attach",
+    "bottleneck",
+    "detach",
+    "dora",
+    "ia3",
+    "load",
+    "lora",
+    "merge",
+    "prefix",
+    "prompt",
+    "route",
+    "save",
+    "stack",
+    "unstack",
+]

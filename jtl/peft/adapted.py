@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jtl.errors import ConfigError
 from jtl.models.layers import Dense
-from jtl.peft.adapter import Adapter, Layer, detach, joined, parts
+from jtl.peft.adapter import Adapter, Call, Layer, detach, joined, parts
 from jtl.typing import Variables
 
 
@@ -39,7 +39,8 @@ class Adapted:
                 return outputs
         if self.adapter.needs_call:
             raise ConfigError(
-                f"{self.adapter.name} with dropout works on dense layers of linen; {sorted(unserved)[:3]} are not such"
+                f"{self.adapter.name} as it is set works on layers of linen that are called with one array, as dense "
+                f"ones are; {sorted(unserved)[:3]} are not such"
             )
         return self._merged(variables, unserved, *args, **kwargs)
 
@@ -69,26 +70,55 @@ def adapted(model: Any, adapter: Adapter) -> Adapted:
 
 
 def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callable[..., Any]:
+    if adapter.around is not None:
+        return _around(adapter.name, adapter.around, served)
+    change = adapter.call
+
     def intercept(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
         if module.scope is None:
             return next_fun(*args, **kwargs)
-        leaves = module.scope.variables().get("params", {})
-        part = leaves.get(adapter.name) if hasattr(leaves, "get") else None
+        part = _part(module, adapter.name)
         if not part:
             return next_fun(*args, **kwargs)
+        leaves = module.scope.variables()["params"]
         path = "/".join(module.path)
         product = _product(module)
-        if context.method_name != "__call__" or product is None or set(part) != {"kernel"} or len(args) != 1 or kwargs:
+        alone = context.method_name == "__call__" and set(part) == {"kernel"} and len(args) == 1 and not kwargs
+        if change is None or product is None or not alone:
             if context.method_name != "setup":
                 spoilt.add(path)
             return next_fun(*args, **kwargs)
         served.add(path)
         key = module.make_rng("dropout") if adapter.needs_call and module.has_rng("dropout") else None
         params = {name: value for name, value in leaves.items() if name != adapter.name}
-        return adapter.call(Layer(next_fun, args[0], product, params, path), part, key)
+        return change(Layer(next_fun, args[0], product, params, path), part, key)
 
     return intercept
+
+
+def _around(name: str, change: Callable[[Call, Any], Any], served: set[str]) -> Callable[..., Any]:
+    """For an adapter of whole modules: the module with the leaves, and those right below it."""
+
+    def intercept(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        if context.method_name == "__call__":
+            for owner, child in ((module, ""), (module.parent, module.name)):
+                part = _part(owner, name)
+                if part:
+                    served.add("/".join(owner.path))
+                    return change(Call(next_fun, args, kwargs, child), part)
+        return next_fun(*args, **kwargs)
+
+    return intercept
+
+
+def _part(module: Any, name: str) -> Any:
+    """The leaves of an adapter that stand in a module."""
+    if not isinstance(module, nn.Module) or module.scope is None:
+        return None
+    leaves = module.scope.variables().get("params", {})
+    return leaves.get(name) if hasattr(leaves, "get") else None
 
 
 def _product(module: nn.Module) -> Callable[[jax.Array, jax.Array], jax.Array] | None:

@@ -17,6 +17,9 @@ groups adapts the last layers alone, `nn.scan` stacks the leaves as it stacks ke
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+from jax.core import Tracer
+
 from jtl import tree as jtree
 from jtl.errors import ConfigError
 from jtl.typing import Key, Params, Variables
@@ -40,6 +43,22 @@ class Layer(NamedTuple):
     path: str
 
 
+class Call(NamedTuple):
+    """A module in the middle of a call.
+
+    Attributes:
+      apply: the module itself, of the arguments.
+      args: that it is called with, by position.
+      kwargs: and by name.
+      child: "" of the module that the part belongs to, or the name of the module right below it.
+    """
+
+    apply: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    child: str
+
+
 class Adapter(NamedTuple):
     """A way of changing a model by few leaves.
 
@@ -47,9 +66,11 @@ class Adapter(NamedTuple):
       name: of the subtrees.
       init: `(params, key) -> delta`, new leaves at the places of the modules that they change. Merged, they change
         nothing.
-      merge: `(params, delta) -> params`, in the shapes and dtypes that `params` has.
+      merge: `(params, delta) -> params`, in the shapes and dtypes that `params` has. What cannot be written into
+        params is refused.
       call: `(layer, part, key) -> outputs` of a dense layer with its part of the delta, without a merged kernel; `key`
         is for dropout, None in inference.
+      around: `(call, part) -> outputs` of any module and those right below it, for what is not of one layer.
       needs_call: whether merging does not say all, as with dropout.
       settings: what it was made with.
     """
@@ -57,9 +78,30 @@ class Adapter(NamedTuple):
     name: str
     init: Callable[[Params, Key], Params]
     merge: Callable[[Params, Params], Params]
-    call: Callable[[Layer, Params, Key | None], Any]
+    call: Callable[[Layer, Params, Key | None], Any] | None = None
+    around: Callable[[Call, Params], Any] | None = None
     needs_call: bool = False
     settings: Any = None
+
+
+def unmergeable(adapter: str, params: Params, delta: Params, changes: Callable[[str], bool]) -> Params:
+    """The params themselves, for an adapter that cannot be written into them, where it changes nothing yet.
+
+    Args:
+      adapter: its name.
+      params: of the plain model.
+      delta: the adapter's leaves.
+      changes: whether a leaf of this path changes the outputs, unless it is zero.
+
+    Raises:
+      ConfigError: it changes something.
+    """
+    leaves = [leaf for path, leaf in jtree.leaves_with_paths(delta) if changes(path)]
+    if any(isinstance(leaf, Tracer) for leaf in leaves) or any(np.any(np.asarray(leaf)) for leaf in leaves):
+        raise ConfigError(
+            f"a {adapter} is no change of the params: keep jtl.peft.adapted(model, adapter) for inference, too"
+        )
+    return params
 
 
 def attach(adapter: Adapter, variables: Variables, *, key: Key) -> dict[str, Any]:
