@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from jtl.auditing import audit as audit
     from jtl.boundary import Split as Split
     from jtl.boundary import split as split
+    from jtl.comparing import Arm as Arm
+    from jtl.comparing import Comparison as Comparison
+    from jtl.comparing import compare as compare
     from jtl.export import save as save
     from jtl.interop import from_function as from_function
     from jtl.interop import from_nnx as from_nnx
@@ -90,6 +93,9 @@ _MODULES = (
 _NAMES = {
     "Audit": "auditing",
     "audit": "auditing",
+    "Arm": "comparing",
+    "Comparison": "comparing",
+    "compare": "comparing",
     "Aux": "step",
     "Frozen": "state",
     "Mask": "masks",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jtl.errors import JtlError
+from jtl.errors import AuditError, JtlError
 from jtl.recipes import settings
 
 Command = (
@@ -18,6 +18,8 @@ Command = (
     | Annotated[settings.Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[settings.Models, tyro.conf.subcommand("models")]
     | Annotated[settings.Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[settings.Audit, tyro.conf.subcommand("audit")]
+    | Annotated[settings.Sweep, tyro.conf.subcommand("sweep")]
 )
 
 _RECIPES = {
@@ -25,13 +27,16 @@ _RECIPES = {
     settings.Finetune: "finetune",
     settings.Models: "models",
     settings.Inspect: "inspect",
+    settings.Audit: "audit",
+    settings.Sweep: "sweep",
 }
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command.
 
-    Exit codes: 0 done, 2 a mistake in what was given (one message, no traceback), 130 interrupted.
+    Exit codes: 0 done, 1 an audit that found a fault, 2 a mistake in what was given (one message, no traceback), 130
+    interrupted.
 
     Args:
       args: the command line; by default the process's own.
@@ -52,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
         recipe.run(command, Console(width=None if sys.stdout.isatty() else 100))
     except JtlError as error:
         print(f"jtl: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, AuditError) else 2) from None
     except KeyboardInterrupt:
         print("jtl: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None

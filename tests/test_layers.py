@@ -30,6 +30,8 @@ TIERS = (
     ("data", "parallel"),
     ("cache",),
     ("loop", "sweeps"),
+    ("comparing",),
+    ("report",),
     ("recipes",),
     ("cli",),
     ("__main__",),

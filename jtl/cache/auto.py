@@ -32,12 +32,14 @@ class Prepared(NamedTuple):
       batches: cached ones, or the run itself.
       cache: what was built; None where no cache is used.
       why: one line that says what was decided; empty where there was nothing to decide.
+      split: what the cache was built with, so that another can be built of held-out batches.
     """
 
     loss_fn: LossFn
     batches: Iterable[Batch]
     cache: Cache | None
     why: str
+    split: Split | None = None
 
 
 def prepare(
@@ -118,7 +120,7 @@ def _prepared(
         f"cache: {size / 1e6:,.1f} MB {where}, computed once up to {cut.report.boundary}; "
         f"{gain:.1f} times fewer operations over {epochs:g} epochs"
     )
-    return Prepared(cut.suffix, follow(cache, batches), cache, why)
+    return Prepared(cut.suffix, follow(cache, batches), cache, why, cut)
 
 
 def _split(loss_fn: LossFn, state: TrainState, frozen: Frozen, batch: Batch) -> Split:

@@ -17,6 +17,7 @@ StrategyName = Literal[
     "bitfit",
     "norms",
     "l2-sp",
+    "lora",
 ]
 AugmentName = Literal["none", "flip", "crop-flip", "randaugment"]
 
@@ -41,14 +42,10 @@ class Quickstart:
     """Whether to compute what no trained leaf can change once; auto does where that saves work."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Finetune:
-    """Fine-tune a pretrained model on labelled texts or pictures of your own."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """What is trained, and how."""
 
-    data: str
-    """A CSV, TSV or JSONL file, a folder or .zip with a sub-folder of pictures or .txt files a class, or tfds:NAME."""
-    model: str = "minilm-l6"
-    """A packaged model, a checkpoint folder, or a hub id such as org/name."""
     strategy: StrategyName = "last-blocks"
     """What to train."""
     blocks: int = 2
@@ -57,10 +54,24 @@ class Finetune:
     """From one group of layers to the next one below it, for the strategy layerwise-decay."""
     pull: float = 1e-2
     """Of the weights towards the pretrained ones, for the strategy l2-sp."""
+    rank: int = 8
+    """Of the thin matrices, for the strategy lora."""
+    targets: tuple[str, ...] = ()
+    """Patterns of the layers that lora adapts; by default queries and values, or all kernels of a model without."""
     trainable: tuple[str, ...] = ()
     """Patterns of the leaves to train, instead of a strategy; see `jtl inspect`."""
-    out: Path | None = None
-    """A new folder for the trained model, its scores and these settings."""
+    learning_rate: float | None = None
+    """The highest learning rate; by default one that suits the strategy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Labelled texts or pictures, how they are read, and the model that reads them."""
+
+    data: str
+    """A CSV, TSV or JSONL file, a folder or .zip with a sub-folder of pictures or .txt files a class, or tfds:NAME."""
+    model: str = "minilm-l6"
+    """A packaged model, a checkpoint folder, or a hub id such as org/name."""
     text: str = "text"
     """The column of texts."""
     label: str = "label"
@@ -75,14 +86,22 @@ class Finetune:
     """Examples of each class to train on, at most; by default all that are not held out."""
     skip_bad: bool = False
     """Leave malformed rows out, and list them, where one would be an error."""
-    epochs: int = 3
-    """Passes over the training examples."""
     batch_size: int = 32
     """Examples of a batch."""
-    learning_rate: float | None = None
-    """The highest learning rate; by default one that suits the strategy."""
     max_length: int = 128
     """Tokens of a text; longer ones are cut, and counted."""
+    revision: str | None = None
+    """A branch, tag or commit of a hub repository."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finetune(Way, Data):
+    """Fine-tune a pretrained model on labelled texts or pictures of your own."""
+
+    out: Path | None = None
+    """A new folder for the trained model, its scores and these settings."""
+    epochs: int = 3
+    """Passes over the training examples."""
     augment: AugmentName = "none"
     """What happens to training pictures at random, anew in each epoch: left and right exchanged; a part cut out,
     and that; or RandAugment after both. Needs --cache auto or off, for what changes cannot be cached."""
@@ -90,8 +109,34 @@ class Finetune:
     """Of the split, the initial head, the order, augmentation and dropout."""
     cache: Literal["auto", "off", "require"] = "auto"
     """Whether to compute what no trained leaf can change once; auto does where that saves work."""
-    revision: str | None = None
-    """A branch, tag or commit of a hub repository."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep(Data):
+    """Which layers to freeze? Strategies, depths, learning rates and seeds on your own data, in one table and picture.
+
+    What frozen layers compute is computed once for all runs. Half of the held-out examples choose each strategy's
+    learning rate, the other half is what the table reports.
+    """
+
+    strategies: tuple[StrategyName, ...] = ("feature-extraction", "last-blocks", "lora", "lp-ft", "full")
+    """What to compare; last-blocks at each of the depths."""
+    depths: tuple[int, ...] = (1, 2)
+    """Blocks trained by last-blocks."""
+    rates: tuple[float, ...] = ()
+    """Multiples of each strategy's usual learning rate to try; by default more of them where a run costs less."""
+    seeds: int = 3
+    """Repetitions of each, with a head and an order of its own."""
+    epochs: int = 4
+    """Passes over the training examples; of feature extraction five times as many, for they cost next to nothing."""
+    minutes: float = 15.0
+    """Of training: what does not fit any more is left out, and named."""
+    share: bool = True
+    """Compute what several runs have in common once."""
+    out: Path | None = None
+    """A new folder for the table, all runs as JSON, and the picture."""
+    seed: int = 0
+    """Of the split, and the first of the seeds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,5 +159,23 @@ class Inspect:
     """Outputs of the new head; 0 for none."""
     depth: int = 3
     """How many levels of the tree to show."""
+    revision: str | None = None
+    """A branch, tag or commit of a hub repository."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit(Way):
+    """Prove that a training step trains what its mask says and nothing else; ends with 1 where it does not."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A packaged model, a checkpoint folder, or a hub id."""
+    outputs: int = 2
+    """Outputs of the new head."""
+    steps: int = 3
+    """How many to run."""
+    batch_size: int = 4
+    """Random examples of the batch."""
+    length: int = 32
+    """Tokens of a random text."""
     revision: str | None = None
     """A branch, tag or commit of a hub repository."""

@@ -1,17 +1,23 @@
-"""From the settings of a run to its strategy."""
+"""Strategies as the command line names them, with learning rates that suit them."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
 
 import jtl
-from jtl import strategies
+from jtl import masks, peft, strategies
+from jtl import tree as jtree
 from jtl.errors import ConfigError
+from jtl.peft import Adapter
+from jtl.recipes import settings as jsettings
 from jtl.recipes import training
-from jtl.recipes.settings import Finetune
+from jtl.typing import Params, Variables
 
 _PROBE = 1e-2
 """The learning rate of a head on frozen features."""
 
-_RATES = {
+_RATES: Mapping[str, float] = {
     "feature-extraction": _PROBE,
     "last-blocks": 2e-4,
     "first-blocks": 2e-4,
@@ -19,28 +25,76 @@ _RATES = {
     "layerwise-decay": 2e-4,
     "bitfit": 1e-3,
     "norms": 1e-3,
+    "lora": 1e-3,
 }
 """The highest learning rate of AdamW where none is given; 1e-4 for strategies that train all weights alike."""
 
 
-def strategy(settings: Finetune, model: Any, steps: int) -> jtl.Strategy:
-    """The strategy that a command line asks for.
+class Way(NamedTuple):
+    """A strategy, and the adapter that it trains, if it trains one."""
+
+    strategy: jtl.Strategy
+    adapter: Adapter | None = None
+
+    def model(self, model: Any) -> Any:
+        """What is trained of a model."""
+        return model if self.adapter is None else peft.adapted(model, self.adapter)
+
+    def variables(self, variables: Variables, key: jax.Array) -> dict[str, Any]:
+        """Where training starts, from those of the plain model."""
+        return dict(variables) if self.adapter is None else peft.attach(self.adapter, variables, key=key)
+
+    def plain(self, variables: Variables) -> dict[str, Any]:
+        """The variables of the plain model, from those that were trained."""
+        return dict(variables) if self.adapter is None else peft.merge(self.adapter, variables)
+
+
+def way(settings: jsettings.Way, model: Any, params: Params, steps: int) -> Way:
+    """The way that a command line asks for.
 
     Args:
       settings: of the run.
       model: of jtl's families.
+      params: of the model, arrays or shapes.
       steps: updates of the whole run.
 
     Raises:
       ConfigError: the run is too short for the strategy's phases, or a number is out of range.
     """
-    tx = training.optimizer(settings.learning_rate or _RATES.get(settings.strategy, 1e-4), steps)
+    tx = training.optimizer(rate(settings), steps)
     if settings.trainable:
-        return strategies.fine_tune(tx, jtl.select(*settings.trainable), " ".join(settings.trainable))
-    return _named(settings, tx, strategies.depth_groups(model), steps)
+        return Way(strategies.fine_tune(tx, jtl.select(*settings.trainable), " ".join(settings.trainable)))
+    if settings.strategy == "lora":
+        return _lora(settings, tx, params)
+    return Way(_named(settings, tx, strategies.depth_groups(model), steps))
 
 
-def _named(settings: Finetune, tx: Any, groups: Any, steps: int) -> jtl.Strategy:
+def rate(settings: jsettings.Way) -> float:
+    """The highest learning rate.
+
+    Raises:
+      ConfigError: it is not above 0.
+    """
+    if settings.learning_rate is not None and not settings.learning_rate > 0:
+        raise ConfigError(f"learning_rate must be above 0, got {settings.learning_rate}")
+    return settings.learning_rate or _RATES.get(settings.strategy, 1e-4)
+
+
+def _lora(settings: jsettings.Way, tx: Any, params: Params) -> Way:
+    adapter = peft.lora(settings.targets or _targets(params), rank=settings.rank)
+    mask = masks.select("**/lora", "head")
+    return Way(strategies.fine_tune(tx, mask, f"LoRA, rank {settings.rank}"), adapter)
+
+
+def _targets(params: Params) -> list[str]:
+    """Queries and values, as in the paper; without attention, every kernel below the head."""
+    paths = jtree.paths(params)
+    if any(path.endswith("/query/kernel") for path in paths):
+        return ["**/query", "**/value"]
+    return sorted({path for path in paths if path.endswith("/kernel") and not path.startswith("head/")})
+
+
+def _named(settings: jsettings.Way, tx: Any, groups: Any, steps: int) -> jtl.Strategy:
     match settings.strategy:
         case "feature-extraction":
             return strategies.feature_extraction(tx)
@@ -51,8 +105,8 @@ def _named(settings: Finetune, tx: Any, groups: Any, steps: int) -> jtl.Strategy
         case "full":
             return strategies.full(tx)
         case "lp-ft":
-            probe, rest = _phases(settings, steps, 2), steps - steps // 2
-            second = training.optimizer(settings.learning_rate or _RATES.get(settings.strategy, 1e-4), rest)
+            probe = _phases(settings, steps, 2)
+            second = training.optimizer(rate(settings), steps - probe)
             return strategies.lp_ft(training.optimizer(_PROBE, probe), second, steps=probe)
         case "gradual":
             count = settings.blocks + 1
@@ -66,9 +120,10 @@ def _named(settings: Finetune, tx: Any, groups: Any, steps: int) -> jtl.Strategy
             return strategies.norms(tx)
         case "l2-sp":
             return strategies.l2_sp(tx, rate=settings.pull, head_rate=settings.pull)
+    raise ConfigError(f"there is no strategy {settings.strategy!r}")
 
 
-def _phases(settings: Finetune, steps: int, count: int) -> int:
+def _phases(settings: jsettings.Way, steps: int, count: int) -> int:
     """The steps of each of so many equal phases."""
     if steps < count:
         raise ConfigError(f"{settings.strategy} has {count} phases, and the run {steps} steps: give it more epochs")

@@ -3,16 +3,19 @@
 from jtl.transforms.anchors import PullState, pull_to_start
 from jtl.transforms.averages import AverageState, averaged, exponential_average, stochastic_average
 from jtl.transforms.joining import JoinedState, joining
-from jtl.transforms.scaling import scale_by_rules
+from jtl.transforms.scaling import FactorState, scale_by_factor, scale_by_rules, set_factor
 
 __all__ = [
     "AverageState",
+    "FactorState",
     "JoinedState",
     "PullState",
     "averaged",
     "exponential_average",
     "joining",
     "pull_to_start",
+    "scale_by_factor",
     "scale_by_rules",
+    "set_factor",
     "stochastic_average",
 ]

@@ -1,5 +1,7 @@
 """Learning rates that differ between the leaves of a tree."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -39,3 +41,32 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformation:
         return jax.tree.map(lambda factor, u: jnp.asarray(factor, u.dtype) * u, factors, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class FactorState(NamedTuple):
+    """What updates are multiplied by, float32 scalar."""
+
+    factor: jax.Array
+
+
+def scale_by_factor() -> optax.GradientTransformation:
+    """Multiply all updates by a number that is a part of the state, 1 at first.
+
+    At the end of a chain it multiplies learning rates. One compiled step then serves runs with many of them.
+    `set_factor` sets it.
+    """
+
+    def update(updates: PyTree, state: Any, params: Params | None = None) -> tuple[PyTree, FactorState]:
+        return jax.tree.map(lambda u: state.factor.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformation(lambda params: FactorState(jnp.ones(())), update)
+
+
+def set_factor(state: optax.OptState, factor: float) -> optax.OptState:
+    """An optimizer's state with another number in each of its `FactorState`s."""
+    new = FactorState(jnp.asarray(factor, jnp.float32))
+
+    def is_factor(node: PyTree) -> bool:
+        return isinstance(node, FactorState)
+
+    return jax.tree.map(lambda node: new if is_factor(node) else node, state, is_leaf=is_factor)

@@ -67,7 +67,14 @@ def pictures(folder):
 def test_what_is_saved_predicts_as_what_was_evaluated(write, model, tmp_path):
     data, out, console = write(tmp_path), tmp_path / "out", Console(record=True, width=300)
     settings = Finetune(
-        str(data), str(model), "full", out=out, held_out=str(data), batch_size=8, epochs=3, max_length=16
+        data=str(data),
+        model=str(model),
+        strategy="full",
+        out=out,
+        held_out=str(data),
+        batch_size=8,
+        epochs=3,
+        max_length=16,
     )
     outcome = finetune.run(settings, console)
     loaded, variables = jtl.load(out)
@@ -93,7 +100,7 @@ def test_training_lowers_the_loss_and_leaves_frozen_leaves_alone(model, tmp_path
     common = {"held_out": data, "batch_size": 8, "max_length": 16, "trainable": ("head", "encoder/layer_0/mlp")}
     runs = [
         finetune.run(
-            Finetune(data, str(model), out=tmp_path / str(rate), learning_rate=rate, epochs=8, **common),
+            Finetune(data=data, model=str(model), out=tmp_path / str(rate), learning_rate=rate, epochs=8, **common),
             Console(quiet=True),
         )
         for rate in (1e-12, 3e-2)

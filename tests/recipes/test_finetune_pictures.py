@@ -48,7 +48,8 @@ def data(tmp_path_factory):
 
 def settings(data, model, **changes):
     return Finetune(
-        str(data), str(model), **{"strategy": "full", "held_out": "0.5", "batch_size": 8, "epochs": 1} | changes
+        **{"data": str(data), "model": str(model), "strategy": "full", "held_out": "0.5", "batch_size": 8, "epochs": 1}
+        | changes
     )
 
 
