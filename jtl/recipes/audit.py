@@ -46,9 +46,7 @@ def run(settings: Audit, console: Console) -> list[jtl.Audit]:
         step = jax.jit(jtl.train_step(loss_fn, phase.tx))
         mask = phase.trainable
         audit = jtl.audit(step, state, frozen, batch, loss_fn=loss_fn, trainable=mask, steps=settings.steps)
-        name = (
-            f"{way.strategy.name}, {phase.name or 'phase'} {number + 1}" if number or phase.name else way.strategy.name
-        )
+        name = f"{way.strategy.name}, {phase.name}" if phase.name else way.strategy.name
         console.print(audit_table(audit, f"{settings.model}: {name}"))
         found.append(audit)
     for audit in found:

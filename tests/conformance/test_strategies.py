@@ -48,11 +48,10 @@ STRATEGIES = {
     "lp_ft": lambda groups: strategies.lp_ft(HARDEST, HARDEST, steps=4),
     "gradual": lambda groups: strategies.gradual_unfreezing(HARDEST, groups, every=3, count=3),
 }
-# Every strategy on a model with batch normalisation and dropout; those with phases and rates on every model.
+# Every strategy on a model with batch normalisation and dropout; the one with most phases on every model.
 RUNS = [("linen", name) for name in STRATEGIES]
-RUNS += [(case, name) for case in ("remat", "scan", "nnx", "function") for name in ("gradual",)]
-RUNS += [(case, name) for case in ("bert", *pictures.CONFIGS) for name in ("gradual", "layerwise")]
-everywhere = pytest.mark.parametrize(("case", "name"), RUNS)
+RUNS += [(case, "gradual") for case in ("remat", "scan", "nnx", "function", "bert", *pictures.CONFIGS)]
+RUNS += [("bert", "layerwise")]
 
 
 @functools.cache
@@ -72,7 +71,6 @@ def fit(case, name, state=None, frozen=None, start=0, **settings):
         yield report._replace(state=jax.tree.map(jnp.array, report.state))
 
 
-@functools.cache
 def run(case, name):
     """The reports of ten steps, and how often a step was traced."""
     count, original = [0], loop.train_step
@@ -97,11 +95,21 @@ def flat(report):
     return {p: np.asarray(leaf) for p, leaf in tree.leaves_with_paths(jtl.variables(report.state, report.frozen))}
 
 
-@everywhere
-def test_frozen_leaves_and_statistics_are_bit_identical_in_every_phase(case, name):
+# One run takes seconds to compile, so one test looks at all of it.
+@pytest.mark.parametrize(("case", "name"), RUNS)
+def test_the_laws_of_strategies(case, name):
+    reports, traces = run(case, name)
+    frozen_leaves_and_statistics_are_bit_identical_in_every_phase(case, name, reports)
+    assert traces == reports[-1].progress.phase + 1 == len(made(case, name)[1].phases), "a phase is traced once"
+    the_state_holds_no_leaf_of_what_is_frozen(reports)
+    if name in ("gradual", "lp_ft", "l2_sp"):
+        it_goes_on_bit_for_bit_from_every_phase(case, name, reports)
+
+
+def frozen_leaves_and_statistics_are_bit_identical_in_every_phase(case, name, reports):
     _, strategy, variables = made(case, name)
     before = {path: np.asarray(leaf) for path, leaf in tree.leaves_with_paths(variables)}
-    for report in run(case, name)[0]:
+    for report in reports:
         after = flat(report)
         mask = tree.leaves_with_paths(strategy.phases[report.progress.phase].trainable(variables["params"]))
         trained = {path for path, keep in mask if keep}
@@ -113,15 +121,8 @@ def test_frozen_leaves_and_statistics_are_bit_identical_in_every_phase(case, nam
         before = after
 
 
-@everywhere
-def test_a_phase_is_traced_once(case, name):
-    reports, traces = run(case, name)
-    assert traces == reports[-1].progress.phase + 1 == len(made(case, name)[1].phases)
-
-
-@everywhere
-def test_the_state_holds_no_leaf_of_what_is_frozen(case, name):
-    for report in run(case, name)[0][:: STEPS // 3]:
+def the_state_holds_no_leaf_of_what_is_frozen(reports):
+    for report in reports[:: STEPS // 3]:
         trained = set(tree.paths(report.state.params))
         shapes = {np.shape(leaf) for leaf in jax.tree.leaves(report.state.params)} | {()}
         for path, leaf in tree.leaves_with_paths(report.state.opt_state):
@@ -129,9 +130,7 @@ def test_the_state_holds_no_leaf_of_what_is_frozen(case, name):
             assert np.shape(leaf) == () or any(path.endswith(f"/{each}") for each in trained)
 
 
-@pytest.mark.parametrize(("case", "name"), [(c, n) for c, n in RUNS if n in ("gradual", "lp_ft", "l2_sp")])
-def test_a_run_goes_on_bit_for_bit_from_every_phase(case, name):
-    reports, _ = run(case, name)
+def it_goes_on_bit_for_bit_from_every_phase(case, name, reports):
     for at in (3, 5, 8):
         report = reports[at]
         rest = list(fit(case, name, report.state, report.frozen, at + 1, progress=report.progress))
