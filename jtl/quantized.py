@@ -77,7 +77,7 @@ class Quantized(meta.AxisMetadata):
 
     def unbox(self) -> jax.Array:
         """The array. It has no derivative by its leaves: what is stored is frozen."""
-        return _decode(jax.lax.stop_gradient(self)).astype(self.dtype)
+        return jax.lax.stop_gradient(_decode(self).astype(self.dtype))
 
     def replace_boxed(self, val: Any) -> Any:
         """What replaces the array is an array."""

@@ -50,8 +50,8 @@ def quantize(
       4 bits, and 32 for each block. NF4's points are quantiles of a normal distribution, int4's even steps.
 
     A stored kernel is one node of the tree, `jtl.quantized.Quantized`, with leaves `values` and `absmax`. Where a linen
-    module reads it, it opens to the array, in its own dtype; it has no gradient. The largest absolute values are float32:
-    QLoRA's second quantization, of those, is not done.
+    module reads it, it opens to the array, in its own dtype; it has no gradient. The largest absolute values are
+    float32; QLoRA quantizes those again, which is not done here.
 
     Args:
       variables: `{"params": params, **collections}`. What is not stored is shared, not copied.

@@ -6,7 +6,7 @@ what a branch opens lives as long as the branch. On other devices an optimizatio
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -42,46 +42,48 @@ def _reopened(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: 
 
 def _affine(layer: Callable[[jax.Array], jax.Array], inputs: jax.Array, stored: list[jax.Array]) -> jax.Array:
     """The layer's outputs, with a derivative by inputs and by what else it closes over."""
-    closed = jax.make_jaxpr(layer)(inputs)
-    jaxpr, consts = getattr(closed, "jaxpr", closed), list(closed.consts)
+    closed: Any = jax.make_jaxpr(layer)(inputs)
+    jaxpr, consts = getattr(closed, "jaxpr", closed), [jnp.asarray(const) for const in closed.consts]
     # Hidden in the closure, they would be of another trace in the backward pass of a loop.
-    fixed = [id(const) in set(map(id, stored)) or not jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
+    opened = set(map(id, stored))
+    held = [id(const) in opened or not jnp.issubdtype(const.dtype, jnp.floating) for const in consts]
     shape, dtype = inputs.shape, inputs.dtype
 
-    def outputs(inputs: jax.Array, free: Sequence[jax.Array], held: Sequence[jax.Array]) -> jax.Array:
-        frees, helds = iter(free), iter(held)
-        values = [next(helds) if one else next(frees) for one in fixed]
+    def outputs(inputs: jax.Array, free: list[jax.Array], fixed: list[jax.Array]) -> jax.Array:
+        frees, fixeds = iter(free), iter(fixed)
+        values = [next(fixeds) if one else next(frees) for one in held]
         return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, values))(inputs)[0]
 
-    @jax.custom_vjp
-    def run(inputs: jax.Array, free: Sequence[jax.Array], held: Sequence[jax.Array]) -> jax.Array:
-        return _alone(outputs, inputs, free, held)
+    def value(inputs: jax.Array, free: list[jax.Array], fixed: list[jax.Array]) -> jax.Array:
+        return _alone(outputs, inputs, free, fixed)
 
-    def forward(inputs: jax.Array, free: Sequence[jax.Array], held: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
-        return run(inputs, free, held), (free, held)
+    def forward(inputs: jax.Array, free: list[jax.Array], fixed: list[jax.Array]) -> tuple[jax.Array, Any]:
+        return value(inputs, free, fixed), (free, fixed)
 
     def backward(saved: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-        def pulled(cotangent: jax.Array, free: Sequence[jax.Array], held: Sequence[jax.Array]) -> Any:
+        def pulled(cotangent: jax.Array, free: list[jax.Array], fixed: list[jax.Array]) -> Any:
             # The inputs themselves do not matter to an affine layer's derivative.
-            _, pull = jax.vjp(lambda *args: outputs(*args, held), jnp.zeros(shape, dtype), free)
+            _, pull = jax.vjp(lambda x, free: outputs(x, free, fixed), jnp.zeros(shape, dtype), free)
             return pull(cotangent)
 
         # Behind the barrier, opening waits for the cotangent.
-        return *_alone(pulled, *lax.optimization_barrier((cotangent, *saved))), None
+        cotangent, (free, fixed) = lax.optimization_barrier((cotangent, saved))
+        return *_alone(pulled, cotangent, free, fixed), None
 
+    run = jax.custom_vjp(value)
     run.defvjp(forward, backward)
-    chosen = list(zip(consts, fixed, strict=True))
-    return run(inputs, [const for const, one in chosen if not one], [const for const, one in chosen if one])
+    pairs = list(zip(consts, held, strict=True))
+    return run(inputs, [const for const, one in pairs if not one], [const for const, one in pairs if one])
 
 
-def _alone(fn: Callable[..., Any], given: jax.Array, free: Sequence[jax.Array], held: Sequence[jax.Array]) -> Any:
+def _alone(fn: Callable[..., Any], given: jax.Array, free: list[jax.Array], fixed: list[jax.Array]) -> Any:
     """The same values, computed where XLA on CPU neither shares nor moves what they are computed from."""
-    probe = next(leaf for leaf in held if jnp.issubdtype(leaf.dtype, jnp.floating)).ravel()[0]
+    probe = next(leaf for leaf in fixed if jnp.issubdtype(leaf.dtype, jnp.floating)).ravel()[0]
     # Of finite values always true; XLA cannot know. A constant condition leaves no conditional behind.
     true = lax.platform_dependent(probe, cpu=lambda x: jnp.isfinite(x), default=lambda x: jnp.array(True))
-    shapes = jax.eval_shape(fn, given, free, held)
+    shapes = jax.eval_shape(fn, given, free, fixed)
 
     def never(*_: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    return lax.cond(true, fn, never, given, free, held)
+    return lax.cond(true, fn, never, given, free, fixed)
