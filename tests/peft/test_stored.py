@@ -12,7 +12,6 @@ from scipy import stats
 
 import jtl
 from jtl import errors, peft, quantized, tree
-from jtl.data.text import Ragged
 from jtl.models.bert import Bert, BertConfig
 from jtl.models.convolution import Conv
 
@@ -27,7 +26,7 @@ BATCH = {
 CONFIG = BertConfig(
     vocab_size=40,
     hidden_size=16,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     intermediate_size=36,
     max_position_embeddings=8,
@@ -193,7 +192,7 @@ def test_small_leaves_the_trained_and_adapters_stay_as_they_are():
     }
     assert all(not path.endswith(("bias", "scale")) for path in boxes)
     chosen = peft.quantize(bert(), "int8", targets=["**/query"])
-    assert set(quantized.boxes(chosen["params"])) == {f"encoder/layer_{k}/attention/query/kernel" for k in range(2)}
+    assert set(quantized.boxes(chosen["params"])) == {"encoder/layer_0/attention/query/kernel"}
 
 
 # What a step takes of memory.
@@ -253,10 +252,10 @@ def test_a_scan_over_layers_does_as_well(format):
 # What trains over it.
 
 
-def deep(format):
+def deep(format, layers=2):
     batch = {"x": jnp.asarray(RNG.normal(size=(4, 128)), jnp.float32), "label": jnp.arange(4, dtype=jnp.int32)}
-    variables = jax.jit(Deep(2).init)(jax.random.key(0), batch["x"])
-    return Deep(2), batch, peft.quantize(variables, format)
+    variables = jax.jit(Deep(layers).init)(jax.random.key(0), batch["x"])
+    return Deep(layers), batch, variables if format is None else peft.quantize(variables, format)
 
 
 @pytest.mark.parametrize(
@@ -296,15 +295,16 @@ def test_lora_learns_over_int8_and_the_base_does_not_move():
     loss, tx = jtl.supervised(peft.adapted(BERT, LORA), jtl.losses.cross_entropy), optax.adam(5e-2)
     state, frozen = jtl.init(over("int8"), tx, trainable=jtl.select("**/lora"), key=jax.random.key(0))
     before = tree.digest(frozen)
-    start = float(loss(jtl.variables(state, frozen)["params"], {}, BATCH, key=None)[0])
+    evaluated = jax.jit(lambda variables: loss(variables["params"], {}, BATCH, key=None)[0])
+    start = evaluated(jtl.variables(state, frozen))
     *_, report = jtl.fit(loss, tx, state, frozen, [BATCH] * 30)
     assert tree.digest(report.frozen) == before
     after = jtl.variables(report.state, report.frozen)
-    assert float(loss(after["params"], {}, BATCH, key=None)[0]) < 0.9 * start
+    assert evaluated(after) < 0.95 * start
     merged = peft.merge(LORA, peft.dequantize(after))
     assert tree.paths(merged) == tree.paths(bert())
     inputs = (BATCH["input_ids"], BATCH["attention_mask"])
-    same(BERT.apply(merged, *inputs), peft.adapted(BERT, LORA).apply(after, *inputs))
+    same(jax.jit(BERT.apply)(merged, *inputs), jax.jit(peft.adapted(BERT, LORA).apply)(after, *inputs))
 
 
 class Mixed(nn.Module):
@@ -327,8 +327,10 @@ class Mixed(nn.Module):
         return nn.tanh(x) @ self.param("kernel", nn.initializers.lecun_normal(), (6, 3))
 
 
-@pytest.mark.parametrize("lifted", ["plain", "scan", "remat"])
-@pytest.mark.parametrize("wrap", [peft.quantized, lambda model: model], ids=["quantized", "model itself"])
+@pytest.mark.parametrize(
+    ("lifted", "wrap"),
+    [("scan", peft.quantized), ("remat", peft.quantized), ("scan", lambda model: model)],
+)
 def test_any_linen_model_takes_stored_kernels(lifted, wrap):
     model, x = Mixed(lifted), jnp.asarray(RNG.normal(size=(4, 128)), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -344,7 +346,7 @@ def test_any_linen_model_takes_stored_kernels(lifted, wrap):
         grads = jax.jit(jax.grad(lambda part: loss(tree.combine(part, rest), {}, batch, key=key)[0]))(trained)
         return dict(tree.leaves_with_paths(grads))
 
-    same(wrap(model).apply(stored, x), model.apply(opened, x))
+    same(jax.jit(wrap(model).apply)(stored, x), jax.jit(model.apply)(opened, x))
     same(gradient(loss, stored), gradient(plain, opened))
 
 
@@ -354,9 +356,9 @@ def test_adapters_of_convolutions_and_embeddings_are_merged_as_they_run():
     adapter = peft.lora(["table", "theirs", "**/dense"], rank=2)
     attached = peft.attach(adapter, stored, key=jax.random.key(1))
     attached["params"] = tree.map_with_paths(lambda p, v: v + 0.1 if "/lora/" in p else v, attached["params"])
-    expected = model.apply(peft.merge(adapter, peft.dequantize(attached)), x)
-    same(peft.adapted(model, adapter).apply(attached, x), expected)
-    same(peft.adapted(peft.quantized(model), adapter).apply(attached, x), expected)
+    expected = jax.jit(model.apply)(peft.merge(adapter, peft.dequantize(attached)), x)
+    same(jax.jit(peft.adapted(model, adapter).apply)(attached, x), expected)
+    assert peft.adapted(peft.quantized(model), adapter) == peft.adapted(model, adapter)
 
 
 def test_models_from_outside_linen_get_arrays_at_the_call():
@@ -372,45 +374,44 @@ def test_models_from_outside_linen_get_arrays_at_the_call():
     same(peft.adapted(model, adapter).apply(attached, x), model.apply(peft.dequantize(stored), x))
 
 
+def trained_deep(format, layers, target):
+    """A loss, and state and frozen half, of LoRA in one layer."""
+    model, batch, base = deep(format, layers)
+    adapter = peft.lora([target], rank=2)
+    loss = jtl.supervised(peft.adapted(model, adapter), jtl.losses.cross_entropy)
+    attached = peft.attach(adapter, base, key=jax.random.key(1))
+    return loss, batch, *jtl.init(attached, optax.sgd(0.1), trainable=jtl.select("**/lora"), key=jax.random.key(0))
+
+
 def test_the_prefix_of_a_stored_base_is_cached():
-    adapter = peft.lora(["encoder/layer_1/**/query"], rank=2)
-    loss, tx = jtl.supervised(peft.adapted(BERT, adapter), jtl.losses.cross_entropy), optax.adam(1e-2)
-    state, frozen = jtl.init(over("nf4", adapter), tx, trainable=TRAINED, key=jax.random.key(0))
-    cut = jtl.split(loss, state, frozen, BATCH)
-    assert cut.report.stored
-    cached = jax.jit(cut.prefix)(frozen, frozen.collections, BATCH)
-    (after, _), (expected, _) = (
-        jax.jit(jtl.train_step(which, tx))(state, frozen, batch)
-        for which, batch in ((cut.suffix, cached), (loss, BATCH))
-    )
-    same(jax.tree.leaves(after.params), jax.tree.leaves(expected.params), 1e-6)
-    runs = {}
-    for mode in ("off", "require"):
-        rows = Ragged(np.asarray(IDS).ravel(), np.arange(len(IDS) + 1) * IDS.shape[1], 0)
-        batches = jtl.data.batches({"input_ids": rows}, np.asarray(BATCH["label"]), batch_size=4, seed=0, epochs=2)
-        *_, report = jtl.fit(loss, tx, state, frozen, batches, cache=mode, say=lambda line: None)
-        runs[mode] = report.state.params
-    same(jax.tree.leaves(runs["off"]), jax.tree.leaves(runs["require"]))
+    loss, batch, state, frozen = trained_deep("nf4", 3, "row_2")
+    cut = jtl.split(loss, state, frozen, batch)
+    cached = jax.jit(cut.prefix)(frozen, frozen.collections, batch)
+    assert cut.report.prefix_flops > 2 * 2 * 128 * 128
+    assert ["row_1" in one.source for one in cut.report.stored] == [True]
+    same(*(step_of(which, state, frozen, given) for which, given in ((cut.suffix, cached), (loss, batch))), 1e-6)
+
+
+def step_of(loss, state, frozen, batch):
+    return jax.jit(jtl.train_step(loss, optax.sgd(0.1)))(state, frozen, batch)[0].params["row_2"]["dense"]["lora"]
 
 
 def test_an_audit_finds_of_a_stored_base_what_it_finds_of_a_float_one():
-    tx, found = optax.adam(1e-2), {}
-    loss = jtl.supervised(peft.adapted(BERT, LORA), jtl.losses.cross_entropy)
+    found = {}
     for format in (None, "int8"):
-        state, frozen = jtl.init(over(format), tx, trainable=TRAINED, key=jax.random.key(0))
-        report = jtl.audit(jax.jit(jtl.train_step(loss, tx)), state, frozen, BATCH, loss_fn=loss)
+        loss, batch, state, frozen = trained_deep(format, 2, "row_0")
+        report = jtl.audit(jax.jit(jtl.train_step(loss, optax.sgd(0.1))), state, frozen, batch, loss_fn=loss)
         assert report.frozen_bytes == tree.nbytes(frozen)
         found[format] = [(finding.check, finding.ok) for finding in report.findings]
     assert found[None] == found["int8"]
 
 
 def test_a_sweep_over_seeds_shares_a_stored_base():
-    loss = jtl.supervised(peft.adapted(BERT, LORA), jtl.losses.cross_entropy)
-    state, frozen = jtl.init(over("int8"), optax.sgd(0.1), trainable=TRAINED, key=jax.random.key(0))
+    loss, batch, state, frozen = trained_deep("int8", 2, "row_0")
     step = jtl.train_step(loss, optax.sgd(0.1))
     states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
-    members, _ = jax.jit(jax.vmap(step, (0, None, None)))(states, frozen, BATCH)
-    alone, _ = jax.jit(step)(state, frozen, BATCH)
+    members, _ = jax.jit(jax.vmap(step, (0, None, None)))(states, frozen, batch)
+    alone, _ = jax.jit(step)(state, frozen, batch)
     same(jax.tree.map(lambda leaf: leaf[1], members.params), alone.params)
 
 
