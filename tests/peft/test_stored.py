@@ -387,8 +387,8 @@ def test_the_prefix_of_a_stored_base_is_cached():
     loss, batch, state, frozen = trained_deep("nf4", 3, "row_2")
     cut = jtl.split(loss, state, frozen, batch)
     cached = jax.jit(cut.prefix)(frozen, frozen.collections, batch)
-    assert cut.report.prefix_flops > 2 * 2 * 128 * 128
-    assert ["row_1" in one.source for one in cut.report.stored] == [True]
+    assert cut.report.prefix_flops > 3 * 2 * 128 * 128  # also the stored kernel beside the adapter
+    assert {one.source.split("/")[1].split()[0].strip(",") for one in cut.report.stored} == {"row_1", "row_2"}
     same(*(step_of(which, state, frozen, given) for which, given in ((cut.suffix, cached), (loss, batch))), 1e-6)
 
 
