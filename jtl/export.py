@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jtl import heads
+from jtl import heads, quantized
 from jtl import tree as jtree
 from jtl.errors import ConfigError
 from jtl.models import registry
@@ -47,11 +47,12 @@ def save(
       notes: anything else to keep in `jtl.json`, JSON values; not kept in the format of transformers.
 
     Raises:
-      ConfigError: the folder is not empty, or the model is not one that `jtl.load` could build, or not one that
-        transformers has.
+      ConfigError: the folder is not empty, leaves are stored in few bits, or the model is not one that `jtl.load` could
+        build, or not one that transformers has.
     """
     if format not in ("jtl", "transformers"):
         raise ConfigError(f"format={format!r}: expected jtl or transformers")
+    quantized.require_plain(dict(variables), "saving")
     folder = Path(folder)
     check_new(folder)
     if format == "jtl":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jtl import schedule
+from jtl import quantized, schedule
 from jtl import tree as jtree
 from jtl.errors import ConfigError, MaskError
 from jtl.modes import Modes
@@ -224,6 +224,7 @@ def _check_trainable(params: Params, mask: PyTree, trainable: MaskLike) -> None:
     ]
     if not chosen:
         raise MaskError(f"the mask {trainable!r} trains none of the {len(jtree.paths(params))} leaves")
+    quantized.require_frozen(params, mask)
     for path, leaf in chosen:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise MaskError(f"the mask trains {path}, of dtype {jnp.result_type(leaf)}: only floats can be trained")

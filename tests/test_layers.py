@@ -16,7 +16,7 @@ TIERS = (
     ("typing", "errors"),
     ("tree",),
     ("losses", "metrics", "heads"),
-    ("rules",),
+    ("rules", "quantized"),
     ("masks", "modes", "schedule"),
     ("state", "interop"),
     ("transforms",),

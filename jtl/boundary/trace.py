@@ -310,6 +310,7 @@ def _line(traceback: Any) -> str:
         "/jaxtyping/",
         "/jtl/boundary/",
         "/jtl/modes.py",
+        "/jtl/peft/reopening.py",
         "/jtl/step.py",
         "/contextlib.py",
     )

@@ -6,6 +6,8 @@ loss_fn = jtl.supervised(peft.adapted(model, adapter), ...)
 state, frozen = jtl.init(variables, tx, trainable=jtl.select("**/lora", "head"), key=key)
 ...
 variables = peft.merge(adapter, jtl.variables(state, frozen))   # the plain model's variables again
+
+The base may be stored in few bits: `variables = peft.quantize(variables, "nf4")` before `attach`.
 """
 
 from jtl.peft.adapted import Adapted, adapted
@@ -15,6 +17,7 @@ from jtl.peft.ia3 import ia3
 from jtl.peft.lora import dora, lora
 from jtl.peft.many import route, stack, unstack
 from jtl.peft.prompts import prefix, prompt
+from jtl.peft.quantization import dequantize, quantize, quantized
 from jtl.peft.store import load, save
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "adapted",
     "attach",
     "bottleneck",
+    "dequantize",
     "detach",
     "dora",
     "ia3",
@@ -31,6 +35,8 @@ __all__ = [
     "merge",
     "prefix",
     "prompt",
+    "quantize",
+    "quantized",
     "route",
     "save",
     "stack",

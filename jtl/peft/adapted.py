@@ -8,9 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtl import quantized as stored
 from jtl.errors import ConfigError
 from jtl.models.layers import Dense
+from jtl.peft import kernels
 from jtl.peft.adapter import Adapter, Call, Layer, detach, joined, parts
+from jtl.peft.quantization import QuantizedModel
+from jtl.peft.reopening import reopening
 from jtl.typing import Variables
 
 
@@ -32,7 +36,7 @@ class Adapted:
         unserved = parts(self.adapter, variables["params"])
         if isinstance(self.model, nn.Module):
             served, spoilt = set(), set()
-            with nn.intercept_methods(_interceptor(self.adapter, served, spoilt)):
+            with nn.intercept_methods(_interceptor(self.adapter, served, spoilt)), reopening():
                 outputs = self.model.apply(variables, *args, **kwargs)
             unserved -= served - spoilt
             if not unserved:
@@ -48,10 +52,13 @@ class Adapted:
         """The same, with kernels merged where no dense layer serves them."""
         plain, delta = detach(self.adapter, variables)
         chosen = _within(delta, unserved, self.adapter.name)
-        params = self.adapter.merge(plain["params"], chosen)
+        linen = isinstance(self.model, nn.Module)
+        inside = set(kernels.by_kernel(chosen))
+        params = stored.plainly(plain["params"], lambda path: path in inside or not linen)
+        params = self.adapter.merge(params, chosen)
         rest = _within(delta, parts(self.adapter, delta) - unserved, self.adapter.name)
         served: set[str] = set()
-        with nn.intercept_methods(_interceptor(self.adapter, served, set())):
+        with nn.intercept_methods(_interceptor(self.adapter, served, set())), reopening():
             return self.model.apply({**plain, "params": joined(params, rest)}, *args, **kwargs)
 
 
@@ -60,13 +67,13 @@ def adapted(model: Any, adapter: Adapter) -> Adapted:
 
     Dense layers of linen are changed as they run: beside `x W`, thin products of x. So nothing of the size of a kernel
     is made, and no gradient of one. Other adapted leaves (convolutions, embeddings, models that are not linen's) are
-    merged at the start of each call.
+    merged at the start of each call. Kernels that `peft.quantize` stored are opened where they are read.
 
     Args:
       model: a linen module, or what `jtl.from_nnx` or `jtl.from_function` made.
       adapter: from `lora` and the like.
     """
-    return Adapted(model, adapter)
+    return Adapted(model.model if isinstance(model, QuantizedModel) else model, adapter)
 
 
 def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callable[..., Any]:
@@ -91,7 +98,7 @@ def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callab
             return next_fun(*args, **kwargs)
         served.add(path)
         key = module.make_rng("dropout") if adapter.needs_call and module.has_rng("dropout") else None
-        params = {name: value for name, value in leaves.items() if name != adapter.name}
+        params = {name: stored.plain(value) for name, value in leaves.items() if name != adapter.name}
         return change(Layer(next_fun, args[0], product, params, path), part, key)
 
     return intercept

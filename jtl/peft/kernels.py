@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jtl import rules
+from jtl import quantized, rules
 from jtl import tree as jtree
 from jtl.errors import ConfigError, MaskError, PatternError
 from jtl.rules import Rules
@@ -83,7 +83,7 @@ def kernels(chosen: Targets, params: Params) -> dict[str, Any]:
     """
     rules.require_matches(chosen.patterns, params)
     found = {}
-    for path, leaf in jtree.leaves_with_paths(params):
+    for path, leaf in quantized.leaves(params):
         if path.rpartition("/")[2] in ("bias", "scale"):
             continue  # those of linen's DenseGeneral have as many axes as its outputs
         if np.ndim(leaf) >= 2 + _stack(chosen, path) and any(rules.matches(p, path) for p in chosen.patterns):
@@ -121,11 +121,12 @@ def by_kernel(delta: Params) -> dict[str, dict[str, Any]]:
 
 
 def require_kernels(parts: Mapping[str, Any], params: Params) -> None:
-    """Refuse leaves for kernels that there are not.
+    """Refuse leaves for kernels that there are not, or that are stored in few bits.
 
     Raises:
       ConfigError: names them.
     """
+    quantized.require_plain({path: leaf for path, leaf in quantized.leaves(params) if path in parts}, "merging")
     strange = sorted(set(parts) - set(jtree.paths(params)))
     if strange:
         raise ConfigError(f"the adapter has leaves for {strange[:3]}, which the params do not have")

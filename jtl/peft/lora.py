@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jtl import quantized
 from jtl import tree as jtree
 from jtl.errors import ConfigError, PatternError
 from jtl.peft import kernels
@@ -122,7 +123,7 @@ def _new(settings: _Settings, path: str, leaf: Any, key: Key) -> dict[str, jax.A
     else:
         bound = 1 / math.sqrt(math.prod(shape.inputs))
         part = {"a": jax.random.uniform(key, a, dtype, -bound, bound), "b": jnp.zeros(b, dtype)}
-    return {**part, "magnitude": _norm(leaf.astype(dtype), shape)} if settings.name == "dora" else part
+    return {**part, "magnitude": _norm(quantized.plain(leaf).astype(dtype), shape)} if settings.name == "dora" else part
 
 
 def _rank(settings: _Settings, path: str) -> int:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtl import rules
-from jtl import tree as jtree
+from jtl import quantized, rules
 from jtl.errors import ConfigError
 from jtl.peft import kernels
 from jtl.peft.adapter import Adapter, Call, joined, unmergeable
@@ -109,7 +108,7 @@ def _merge(name: str, params: Params, delta: Params) -> Params:
 
 def _new_prompt(settings: _Prompt, params: Params, key: Key) -> Params:
     rules.require_matches([settings.target], params)
-    inner = [(path, leaf) for path, leaf in jtree.leaves_with_paths(params) if path.startswith(f"{settings.target}/")]
+    inner = [(path, leaf) for path, leaf in quantized.leaves(params) if path.startswith(f"{settings.target}/")]
     if not inner:
         raise ConfigError(f"{settings.target!r} is not the path of a module")
     widths = (np.shape(leaf)[0] for path, leaf in inner if path.endswith("/kernel") and np.ndim(leaf) == 2)
@@ -157,7 +156,7 @@ def _new_prefix(settings: _Prefix, params: Params, key: Key) -> Params:
     patterns = settings.targets.patterns
     rules.require_matches(patterns, params)
     found: dict[str, dict[str, Any]] = {}
-    for path, leaf in jtree.leaves_with_paths(params):
+    for path, leaf in quantized.leaves(params):
         module, _, name = path.removesuffix("/kernel").rpartition("/")
         if (
             path.endswith("/kernel")
