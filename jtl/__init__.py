@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jtl import models as models
     from jtl import parallel as parallel
     from jtl import peft as peft
+    from jtl import rates as rates
     from jtl import rules as rules
     from jtl import soups as soups
     from jtl import strategies as strategies
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from jtl.masks import where as where
     from jtl.objective import supervised as supervised
     from jtl.pretrained import load as load
+    from jtl.rates import RangeTest as RangeTest
+    from jtl.rates import find_rate as find_rate
     from jtl.rules import label as label
     from jtl.schedule import Phase as Phase
     from jtl.schedule import Plateau as Plateau
@@ -78,6 +81,7 @@ _MODULES = (
     "models",
     "parallel",
     "peft",
+    "rates",
     "rules",
     "soups",
     "strategies",
@@ -96,6 +100,7 @@ _NAMES = {
     "Phase": "schedule",
     "Plateau": "schedule",
     "Progress": "schedule",
+    "RangeTest": "rates",
     "Report": "loop",
     "Strategy": "schedule",
     "TrainState": "state",
@@ -104,6 +109,7 @@ _NAMES = {
     "eval_step": "step",
     "evaluate": "loop",
     "everything": "masks",
+    "find_rate": "rates",
     "finetune": "step",
     "fit": "loop",
     "from_function": "interop",

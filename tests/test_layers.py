@@ -29,7 +29,7 @@ TIERS = (
     ("export",),
     ("data", "parallel"),
     ("cache",),
-    ("loop", "sweeps"),
+    ("loop", "sweeps", "rates"),
     ("recipes",),
     ("cli",),
     ("__main__",),
