@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from jtl.step import eval_step as eval_step
     from jtl.step import finetune as finetune
     from jtl.step import train_step as train_step
+    from jtl.stopping import Best as Best
+    from jtl.stopping import early_stopping as early_stopping
     from jtl.sweeps import Stopping as Stopping
     from jtl.sweeps import sweep as sweep
     from jtl.tree import combine as combine
@@ -95,6 +97,7 @@ _NAMES = {
     "Audit": "auditing",
     "audit": "auditing",
     "Aux": "step",
+    "Best": "stopping",
     "Frozen": "state",
     "Mask": "masks",
     "Phase": "schedule",
@@ -106,6 +109,7 @@ _NAMES = {
     "TrainState": "state",
     "change": "state",
     "combine": "tree",
+    "early_stopping": "stopping",
     "eval_step": "step",
     "evaluate": "loop",
     "everything": "masks",

@@ -30,6 +30,7 @@ TIERS = (
     ("data", "parallel"),
     ("cache",),
     ("loop", "sweeps", "rates"),
+    ("stopping",),
     ("recipes",),
     ("cli",),
     ("__main__",),
