@@ -141,3 +141,16 @@ def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory):
     *_, cached = jtl.fit(loss_fn, tx, state, frozen, run, say=lambda line: None, **options)
     assert cached.step == whole.step == len(run)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole.state.params, cached.state.params)
+
+
+@pytest.mark.parametrize("settings", [{}, {"remainder": "keep"}, {"epochs": 5, "seed": 3}])
+def test_rows_that_a_balanced_epoch_draws_several_times_are_served_right(case, settings):
+    case.y = np.array([0] * 17 + [1] * 4 + [2])
+    run = case.run(balance=True, **settings)
+    assert any(len(set(run.plan(step).rows)) < len(run.plan(step).rows) for step in range(len(run)))
+    whole, _ = trained(case, run, cache="off")
+    cached, _ = trained(case, run, cache="require")
+    for a, b in zip(whole, cached, strict=True):
+        np.testing.assert_allclose(a.metrics["loss"], b.metrics["loss"], rtol=1e-5)
+        assert a.metrics["accuracy"] == b.metrics["accuracy"]
+    chex_close(whole[-1].state.params, cached[-1].state.params)
