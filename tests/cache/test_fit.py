@@ -122,16 +122,15 @@ def test_a_second_run_has_the_same_loss_and_so_compiles_nothing_again(case):
     assert first.loss_fn is second.loss_fn
 
 
-@pytest.mark.parametrize(("blocks", "directory"), [(0, True), (1, False)])
-def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory):
-    """Rows left over in one bucket move up into the next."""
+@pytest.mark.parametrize(("blocks", "directory", "balance"), [(0, True, False), (1, False, False), (0, False, True)])
+def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory, balance):
+    """Rows left over in one bucket move up into the next, in balanced epochs others each time."""
     rng = np.random.default_rng(1)
     checkpoints.write(tmp_path / "model")
     model, variables = jtl.load(tmp_path / "model", jtl.heads.classifier(2), key=jax.random.key(0))
     tokens = [rng.integers(3, 20, rng.integers(2, 13)).tolist() for _ in range(37)]
-    run = batches(
-        {"input_ids": ragged(tokens)}, rng.integers(0, 2, 37), batch_size=4, seed=3, epochs=4, buckets=(4, 8, 12)
-    )
+    labels, settings = rng.integers(0, 2, 37), {"seed": 3, "epochs": 4, "buckets": (4, 8, 12), "balance": balance}
+    run = batches({"input_ids": ragged(tokens)}, labels, batch_size=4, **settings)
     # Not Adam: the gradient of a key's bias is zero but for rounding, and Adam would make steps of it.
     loss_fn, tx = jtl.supervised(model, jtl.losses.cross_entropy), optax.sgd(0.1)
     mask = jtl.select("head", *["encoder/layer_1"][:blocks])
