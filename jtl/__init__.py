@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jtl import models as models
     from jtl import parallel as parallel
     from jtl import peft as peft
+    from jtl import precision as precision
     from jtl import rates as rates
     from jtl import rules as rules
     from jtl import soups as soups
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from jtl.masks import select as select
     from jtl.masks import where as where
     from jtl.objective import supervised as supervised
+    from jtl.precision import mixed_precision as mixed_precision
     from jtl.pretrained import load as load
     from jtl.rates import RangeTest as RangeTest
     from jtl.rates import find_rate as find_rate
@@ -83,6 +85,7 @@ _MODULES = (
     "models",
     "parallel",
     "peft",
+    "precision",
     "rates",
     "rules",
     "soups",
@@ -121,6 +124,7 @@ _NAMES = {
     "init": "state",
     "label": "rules",
     "load": "pretrained",
+    "mixed_precision": "precision",
     "partition": "tree",
     "save": "export",
     "select": "masks",

@@ -21,7 +21,7 @@ TIERS = (
     ("state", "interop"),
     ("transforms",),
     ("step",),
-    ("objective", "boundary", "mixout", "surgery", "soups", "auditing"),
+    ("objective", "boundary", "mixout", "surgery", "soups", "auditing", "precision"),
     ("augment",),
     ("weights",),
     ("models",),
