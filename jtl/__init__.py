@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from jtl.masks import select as select
     from jtl.masks import where as where
     from jtl.objective import supervised as supervised
+    from jtl.overfitting import overfit_warning as overfit_warning
+    from jtl.overfitting import watch_overfit as watch_overfit
     from jtl.precision import mixed_precision as mixed_precision
     from jtl.pretrained import load as load
     from jtl.rates import RangeTest as RangeTest
@@ -125,6 +127,7 @@ _NAMES = {
     "label": "rules",
     "load": "pretrained",
     "mixed_precision": "precision",
+    "overfit_warning": "overfitting",
     "partition": "tree",
     "save": "export",
     "select": "masks",
@@ -135,6 +138,7 @@ _NAMES = {
     "sweep": "sweeps",
     "train_step": "step",
     "variables": "state",
+    "watch_overfit": "overfitting",
     "where": "masks",
 }
 

@@ -30,7 +30,7 @@ TIERS = (
     ("data", "parallel"),
     ("cache",),
     ("loop", "sweeps", "rates"),
-    ("stopping",),
+    ("stopping", "overfitting"),
     ("recipes",),
     ("cli",),
     ("__main__",),
