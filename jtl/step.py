@@ -154,7 +154,7 @@ def microbatches(batch: Batch, count: int) -> Batch:
     So filler rows, at the end of a batch, are spread over the parts, and a batch that is split over devices stays so.
 
     Args:
-      batch: entries `[B, ...]`, arrays or shapes.
+      batch: arrays `[B, ...]`.
       count: the number of parts, which divides B.
 
     Returns:
