@@ -62,9 +62,8 @@ class RangeTest(NamedTuple):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise missing_extra("matplotlib", "plots") from error
-        axes = Figure(figsize=(7, 4), layout="constrained").add_subplot(
-            xscale="log", xlabel="learning rate", ylabel="loss"
-        )
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.plot(self.rates, self.losses, color="0.8", label="loss of a batch")
         axes.plot(self.rates, self.smoothed, color="C0", label="smoothed")
         # What diverges at the end would flatten all that matters.
@@ -73,7 +72,7 @@ class RangeTest(NamedTuple):
         for number, (name, rate) in enumerate(self.suggestions.items(), 1):
             axes.axvline(rate, color=f"C{number}", linestyle="--", label=f"{name}: {rate:.2g}")
         axes.legend()
-        axes.figure.savefig(path)
+        figure.savefig(path)
         return Path(path)
 
 
