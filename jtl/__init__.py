@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jtl import models as models
     from jtl import parallel as parallel
     from jtl import peft as peft
+    from jtl import precision as precision
+    from jtl import rates as rates
     from jtl import rules as rules
     from jtl import soups as soups
     from jtl import strategies as strategies
@@ -45,7 +47,12 @@ if TYPE_CHECKING:
     from jtl.masks import select as select
     from jtl.masks import where as where
     from jtl.objective import supervised as supervised
+    from jtl.overfitting import overfit_warning as overfit_warning
+    from jtl.overfitting import watch_overfit as watch_overfit
+    from jtl.precision import mixed_precision as mixed_precision
     from jtl.pretrained import load as load
+    from jtl.rates import RangeTest as RangeTest
+    from jtl.rates import find_rate as find_rate
     from jtl.rules import label as label
     from jtl.schedule import Phase as Phase
     from jtl.schedule import Plateau as Plateau
@@ -60,6 +67,8 @@ if TYPE_CHECKING:
     from jtl.step import eval_step as eval_step
     from jtl.step import finetune as finetune
     from jtl.step import train_step as train_step
+    from jtl.stopping import Best as Best
+    from jtl.stopping import early_stopping as early_stopping
     from jtl.sweeps import Stopping as Stopping
     from jtl.sweeps import sweep as sweep
     from jtl.tree import combine as combine
@@ -81,6 +90,8 @@ _MODULES = (
     "models",
     "parallel",
     "peft",
+    "precision",
+    "rates",
     "rules",
     "soups",
     "strategies",
@@ -97,19 +108,23 @@ _NAMES = {
     "Comparison": "comparing",
     "compare": "comparing",
     "Aux": "step",
+    "Best": "stopping",
     "Frozen": "state",
     "Mask": "masks",
     "Phase": "schedule",
     "Plateau": "schedule",
     "Progress": "schedule",
+    "RangeTest": "rates",
     "Report": "loop",
     "Strategy": "schedule",
     "TrainState": "state",
     "change": "state",
     "combine": "tree",
+    "early_stopping": "stopping",
     "eval_step": "step",
     "evaluate": "loop",
     "everything": "masks",
+    "find_rate": "rates",
     "finetune": "step",
     "fit": "loop",
     "from_function": "interop",
@@ -117,6 +132,8 @@ _NAMES = {
     "init": "state",
     "label": "rules",
     "load": "pretrained",
+    "mixed_precision": "precision",
+    "overfit_warning": "overfitting",
     "partition": "tree",
     "save": "export",
     "select": "masks",
@@ -127,6 +144,7 @@ _NAMES = {
     "sweep": "sweeps",
     "train_step": "step",
     "variables": "state",
+    "watch_overfit": "overfitting",
     "where": "masks",
 }
 

@@ -21,7 +21,7 @@ from jtl.data import Batches
 from jtl.errors import ConfigError, DataError
 from jtl.schedule import Phase, Plateau, Progress, Strategy
 from jtl.state import Frozen, TrainState, change, freeze
-from jtl.step import EvalStep, LossFn, checker, eval_step, train_step
+from jtl.step import EvalStep, LossFn, checker, eval_step, microbatches, train_step
 from jtl.typing import Batch
 
 
@@ -60,6 +60,7 @@ def fit(
     cache_directory: str | Path | None = None,
     cache_limit: int | None = None,
     say: Callable[[str], None] | None = None,
+    accumulate: int = 1,
 ) -> Iterator[Report]:
     """Train on every batch, and report after each step.
 
@@ -86,12 +87,13 @@ def fit(
       cache_directory: where to keep it; in memory by default.
       cache_limit: bytes that it may take.
       say: called with one line if a cache is used, or could have been; by default it goes to stderr.
+      accumulate: microbatches that each batch is split into for its gradient; see `jtl.train_step`.
 
     Yields:
       A `Report` for each batch.
 
     Raises:
-      DataError: there is no batch, or one that the loss or the mesh cannot take. The first
+      DataError: there is no batch, or one that the loss, the mesh or `accumulate` cannot take. The first
         batch is checked before anything is compiled.
       CacheError, ConfigError, SplitError: `cache` is "require", and there can be none.
       ConfigError: the batches end before the strategy's last phase begins, or a plateau has nothing to go by.
@@ -102,6 +104,10 @@ def fit(
     _check_phases(phases, progress, int(state.step), rest, held_out is not None and bool(evaluate_every))
     if mesh is not None and isinstance(batches, Batches):
         parallel.shard_batch(next(iter(batches)), mesh)  # a size that does not fit is refused before any work
+    if accumulate > 1 and isinstance(batches, Batches):
+        for shape in batches.shapes:
+            microbatches(np.empty(shape[:1], np.bool_), accumulate)  # likewise
+    options = {"accumulate": accumulate} if accumulate != 1 else {}  # none by default: a step is found by its arguments
     evaluator, check = compiled_eval(loss_fn), checker(loss_fn, state, frozen)
     state = jax.tree.map(jnp.array, state)
     done = int(state.step)
@@ -114,7 +120,7 @@ def fit(
                 say(prepared.why) if say else print(prepared.why, file=sys.stderr)
             if mesh is not None:
                 state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
-            step = compiled_train(prepared.loss_fn, phase.tx)
+            step = compiled_train(prepared.loss_fn, phase.tx, **options)
             for batch in prepared.batches:
                 if prepared.cache is None:  # the rows of a cache were checked when it was built
                     check(batch)
@@ -194,13 +200,13 @@ def _check_phases(strategy: Strategy, progress: Progress, done: int, rest: _Rest
 
 
 @functools.lru_cache(maxsize=32)  # a strategy may have many phases
-def compiled_train(loss_fn: LossFn, tx: optax.GradientTransformation) -> Any:
-    """The jitted training step of a loss and a transform; it donates its state.
+def compiled_train(loss_fn: LossFn, tx: optax.GradientTransformation, **options: Any) -> Any:
+    """The jitted training step of a loss and a transform, with options of `train_step`; it donates its state.
 
     The same objects give the same step, so that a second run of `fit`, from another seed or on
     other data, compiles nothing again.
     """
-    return jax.jit(train_step(loss_fn, tx), donate_argnums=0)
+    return jax.jit(train_step(loss_fn, tx, **options), donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=16)

@@ -93,9 +93,18 @@ def _is_accumulator(node: Any) -> bool:
     return hasattr(node, "compute")
 
 
-def accumulators(values: dict[str, Any]) -> dict[str, Any]:
-    """Plain scalars become means of weight one; accumulators stay."""
-    return {k: v if _is_accumulator(v) else Mean(_float(v), jnp.ones(())) for k, v in values.items()}
+def accumulators(values: dict[str, Any], weight: jax.Array | None = None) -> dict[str, Any]:
+    """Plain scalars become means of a weight, by default one; accumulators stay."""
+    return {k: v if _is_accumulator(v) else _mean_of(_float(v), weight) for k, v in values.items()}
+
+
+def _mean_of(value: jax.Array, weight: jax.Array | None) -> Mean:
+    return Mean(value, jnp.ones(())) if weight is None else Mean(scaled(value, weight), weight)
+
+
+def scaled(value: jax.Array, weight: jax.Array) -> jax.Array:
+    """A value times its weight; 0 for a weight of 0, also where the value is NaN, as the mean over nothing is."""
+    return jnp.where(weight > 0, value * weight.astype(value.dtype), 0)
 
 
 def _float(value: Any) -> jax.Array:

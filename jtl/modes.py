@@ -48,6 +48,10 @@ class Modes:
         frozen = sorted(path for path, is_trained in self._by_path.items() if not is_trained)
         self.fingerprint = hashlib.sha256("\n".join([str(frozen_dropout), *frozen]).encode()).hexdigest()[:16]
 
+    def recognise(self, params: Params) -> None:
+        """Know the leaves of the same tree after a cast, too: they are other arrays, in the same places."""
+        self._path_of |= {id(leaf): path for path, leaf in jtree.leaves_with_paths(params)}
+
     def is_frozen(self, path: str) -> bool:
         """Whether no leaf is trained at `path`, or in the nearest module around it that has leaves."""
         nearest = next(p for p in (path, *jtree.ancestors(path)) if p in self._by_path)

@@ -43,9 +43,12 @@ class Supervised:
         per_example = self.loss(outputs, targets)
         weight = batch.get("weight")
         weight = jnp.ones_like(per_example) if weight is None else weight.astype(per_example.dtype)
+        weigh = getattr(self.loss, "weigh", None)  # as `losses.weighted` has it
+        counted = weight if weigh is None else weight * weigh(targets).astype(weight.dtype)
+        mean = jmetrics.Mean(jnp.sum(per_example * weight), jnp.sum(counted))
         # Never 0/0: a batch of filler rows alone, one process's share of the last one, has loss 0.
-        loss = jnp.sum(per_example * weight) / jnp.maximum(jnp.sum(weight), jnp.finfo(weight.dtype).tiny)
-        report = {"loss": jmetrics.mean(per_example, weight)}
+        loss = mean.total / jnp.maximum(mean.weight, jnp.finfo(weight.dtype).tiny)
+        report = {"loss": mean}
         report |= {name: metric(outputs, targets, weight) for name, metric in self.metrics.items()}
         return loss, Aux(report, collections)
 
@@ -158,7 +161,8 @@ def supervised(
 
     Args:
       model: a linen module, or what `jtl.from_nnx` or `jtl.from_function` made of another.
-      loss: `(outputs, targets) -> [batch]`, from `jtl.losses` or your own.
+      loss: `(outputs, targets) -> [batch]`, from `jtl.losses` or your own; `jtl.losses.weighted` for classes that
+        weigh differently.
       metrics: by name, `(outputs, targets, weight) -> accumulator`, from `jtl.metrics` or your own.
       inputs: the batch's entries that the model takes, in the order of its arguments. By
         default all but target and weight: a single one by position, several by keyword.

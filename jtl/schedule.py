@@ -85,7 +85,7 @@ class Progress(NamedTuple):
         return Progress(self.phase + 1, step)
 
     def seen(self, plateau: Plateau, evaluation: dict[str, float]) -> "Progress":
-        """After an evaluation.
+        """After an evaluation. A value that is not finite is never better.
 
         Raises:
           ConfigError: the metric is not among those evaluated.
@@ -93,7 +93,7 @@ class Progress(NamedTuple):
         if plateau.metric not in evaluation:
             raise ConfigError(f"a plateau of {plateau.metric!r}: the loss reports {sorted(evaluation)}")
         value = evaluation[plateau.metric] * (-1 if plateau.higher_is_better else 1)
-        if value < self.best - plateau.by:
+        if math.isfinite(value) and value < self.best - plateau.by:
             return self._replace(best=value, waited=0)
         return self._replace(waited=self.waited + 1)
 

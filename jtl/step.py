@@ -8,7 +8,7 @@ into the optimizer chain can bring the gradients of frozen leaves back.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -17,7 +17,7 @@ import optax
 
 from jtl import metrics as jmetrics
 from jtl import tree as jtree
-from jtl.errors import ConfigError
+from jtl.errors import ConfigError, DataError
 from jtl.modes import Modes, follow
 from jtl.state import Frozen, TrainState, standard_promotion
 from jtl.typing import Batch, Collections, Key, MaskLike, Params
@@ -59,6 +59,7 @@ def train_step(
     *,
     frozen_dropout: bool = False,
     grad_norm: bool = False,
+    accumulate: int = 1,
 ) -> Step:
     """One update of the trained half.
 
@@ -71,33 +72,110 @@ def train_step(
         take it.
       frozen_dropout: keep dropout active inside wholly frozen modules.
       grad_norm: report the global norm of the trained leaves' gradients as `grad_norm`.
+      accumulate: split each batch into so many microbatches, one after the other, whose gradients are added up
+        before the one update: the memory of a microbatch, the gradient of the batch. Each counts by the weights of
+        its examples: by the weight of the mean that the loss reports as `loss`, as those of `jtl.supervised` do, or by
+        the sum of the batch's entry `weight`, or equally. What a loss computes of a batch as a whole it computes of
+        a microbatch: BatchNorm normalises by each one's own statistics, and moves the running ones once for each, in
+        order; dropout has a key for each.
 
     Returns:
       `step(state, frozen, batch) -> (state, metrics)`. `metrics` has `loss` and whatever the
       loss reports, accumulators computed.
+
+    Raises:
+      ConfigError: `accumulate` is below 1.
+      DataError: while a step is traced: a batch that cannot be split into so many parts.
     """
     loss_fn, tx = _unjitted(loss_fn), optax.with_extra_args_support(tx)
+    if accumulate < 1:
+        raise ConfigError(f"accumulate={accumulate}: expected 1 or more microbatches")
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         next_key, key = jax.random.split(state.key)
 
-        def loss_of(trained: Params) -> tuple[jax.Array, Aux]:
-            return call_loss(loss_fn, state._replace(params=trained), frozen, batch, key, frozen_dropout)
+        def gradients(state: TrainState, batch: Batch, key: Key) -> tuple[jax.Array, Metrics, Collections, Params]:
+            def loss_of(trained: Params) -> tuple[jax.Array, Aux]:
+                return call_loss(loss_fn, state._replace(params=trained), frozen, batch, key, frozen_dropout)
 
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            return loss, aux.metrics, _moved(state, aux.collections), grads
+
+        if accumulate > 1:
+            loss, found, collections, grads = _accumulated(gradients, state, batch, key, accumulate)
+        else:
+            loss, found, collections, grads = gradients(state, batch, key)
         with standard_promotion():
             updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         new = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            collections=_moved(state, aux.collections),
+            collections=collections,
             opt_state=opt_state,
             key=next_key,
         )
-        report = {"loss": loss, **jmetrics.compute(aux.metrics)}
+        report = {"loss": loss, **jmetrics.compute(found)}
         return new, {**report, "grad_norm": optax.tree.norm(grads)} if grad_norm else report
 
     return step
+
+
+def _accumulated(
+    gradients: Callable[..., Any], state: TrainState, batch: Batch, key: Key, count: int
+) -> tuple[jax.Array, Metrics, Collections, Params]:
+    """The weighted mean over microbatches of what `gradients` gives, and the collections after the last one."""
+
+    def one(carried: tuple[Collections, Params], given: tuple[Batch, Key]) -> Any:
+        collections, total = carried
+        part, key = given
+        loss, found, collections, grads = gradients(state._replace(collections=collections), part, key)
+        weight = _weight(found, part, loss)
+        total = jax.tree.map(lambda total, grad: total + jmetrics.scaled(grad, weight), total, grads)
+        return (collections, total), (jmetrics.scaled(loss, weight), weight, jmetrics.accumulators(found, weight))
+
+    parts, keys = microbatches(batch, count), jax.random.split(key, count)
+    start = state.collections, jax.tree.map(jnp.zeros_like, state.params)
+    (collections, grads), sums = jax.lax.scan(one, start, (parts, keys))
+    loss, weight, found = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+    whole = jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
+    return loss / whole, found, collections, jax.tree.map(lambda leaf: leaf / whole.astype(leaf.dtype), grads)
+
+
+def _weight(found: Metrics, batch: Batch, loss: jax.Array) -> jax.Array:
+    """What a microbatch weighs in the mean over a batch, in the dtype of the loss."""
+    mean, entries = found.get("loss"), batch if isinstance(batch, Mapping) else {}
+    weight = mean.weight if isinstance(mean, jmetrics.Mean) else jnp.sum(entries.get("weight", jnp.ones(())))
+    return weight.astype(loss.dtype)
+
+
+def microbatches(batch: Batch, count: int) -> Batch:
+    """A batch in parts of equal size: of its B examples, part i has i, i + count, ...
+
+    So filler rows, at the end of a batch, are spread over the parts, and a batch that is split over devices stays so.
+
+    Args:
+      batch: arrays `[B, ...]`.
+      count: the number of parts, which divides B.
+
+    Returns:
+      Entries `[count, B / count, ...]`.
+
+    Raises:
+      DataError: an entry without the batch axis, or a batch that cannot be split into so many.
+
+    >>> microbatches({"x": jnp.arange(4)}, 2)["x"].tolist()
+    [[0, 2], [1, 3]]
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in jtree.leaves_with_paths(batch)}
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or sizes == {()}:
+        raise DataError(
+            f"a batch is split into microbatches along its first axis, which its entries do not share: {shapes}"
+        )
+    size = sizes.pop()[0]
+    if not size or size % count:
+        raise DataError(f"a batch of {size} cannot be split into accumulate={count} microbatches of equal size")
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(-1, count, *leaf.shape[1:]), 0, 1), batch)
 
 
 def eval_step(loss_fn: LossFn) -> EvalStep:

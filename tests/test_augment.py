@@ -333,6 +333,22 @@ def test_mixing_is_the_loss_of_mixed_labels(settings):
     assert set(aux.metrics) == {"loss", "accuracy"}
 
 
+def test_weights_of_classes_are_mixed_as_the_labels_are():
+    """Cross-entropy of soft labels with PyTorch's weights: each class's term weighs, and the weights' sum divides."""
+    _, state, frozen = started()
+    weights = np.array([0.2, 3.0, 1.0], np.float32)
+    loss_fn = jtl.supervised(Net(), jtl.losses.weighted(jtl.losses.cross_entropy, weights))
+    params = jtl.combine(state.params, frozen.params)
+    batch = {"image": jax.random.normal(KEY, (6, 8, 8, 3)), "label": jnp.arange(6) % 3}
+    images, partner, share = mixing.mix(jax.random.split(KEY)[0], batch["image"], mixup=0.8)
+    own, other = (np.eye(3)[np.asarray(labels)] for labels in (batch["label"], batch["label"][partner]))
+    soft = np.asarray(share)[:, None] * own + (1 - np.asarray(share))[:, None] * other
+    logs = jax.nn.log_softmax(Net().apply({"params": params}, images))
+    expected = -(soft * weights * np.asarray(logs)).sum() / (soft * weights).sum()
+    found, _ = jax.jit(augment.mixed(loss_fn, mixup=0.8))(params, {}, batch, key=KEY)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_evaluation_is_not_mixed_and_batches_are_still_checked():
     tx, state, frozen = started()
     loss_fn = augment.mixed(LOSS, mixup=0.2)

@@ -58,9 +58,14 @@ class Mixed:
         images, partner, share = mix(mixing, batch[self.column], mixup=self.mixup, cutmix=self.cutmix)
 
         def loss(outputs: Any, targets: jax.Array) -> jax.Array:
-            own, other = self.loss_fn.loss(outputs, targets), self.loss_fn.loss(outputs, targets[partner])
+            return joint(self.loss_fn.loss(outputs, targets), self.loss_fn.loss(outputs, targets[partner]))
+
+        def joint(own: jax.Array, other: jax.Array) -> jax.Array:
             return share.astype(own.dtype) * own + (1 - share.astype(own.dtype)) * other
 
+        weigh = getattr(self.loss_fn.loss, "weigh", None)
+        if weigh is not None:  # the weights of classes are mixed, too
+            setattr(loss, "weigh", lambda targets: joint(weigh(targets), weigh(targets[partner])))  # noqa: B010
         whole = dataclasses.replace(self.loss_fn, loss=loss)
         return whole(params, collections, {**batch, self.column: images}, key=rest)
 

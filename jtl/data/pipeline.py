@@ -32,6 +32,7 @@ def batches(
     shard: tuple[int, int] = (0, 1),
     prefetch: int = 2,
     transform: Callable[[Batch], Batch] | None = None,
+    balance: bool = False,
 ) -> "Batches":
     """Batches of N examples in memory.
 
@@ -61,11 +62,18 @@ def batches(
         the same shapes in the same order, as collectives need.
       prefetch: batches made ahead, by as many threads; 0 makes them in the caller's thread.
       transform: applied to each batch in the prefetching threads, e.g. to decode pictures from paths.
+      balance: draw each class equally often, give or take one row: an epoch has as many rows as before, of which
+        those of rare classes come several times, and of frequent ones a part, each epoch another. With several
+        buckets, how many batches have which length differs between epochs.
 
     Raises:
-      ConfigError: sizes or a combination of settings that give no batches.
+      ConfigError: sizes or a combination of settings that give no batches, or `balance` without labels or seed.
       DataError: no rows, columns or labels that do not match, or a row that is empty or longer than the
-        largest bucket.
+        largest bucket; with `balance`, a class without rows.
+
+    References:
+      Kang et al, Decoupling representation and classifier for long-tailed recognition, ICLR 2020 (arXiv 1910.09217),
+      for class-balanced sampling.
 
     >>> data = batches({"x": np.arange(3.0)}, np.array([0, 1, 0]), batch_size=2)
     >>> [batch["weight"].tolist() for batch in data]
@@ -74,7 +82,10 @@ def batches(
     labels = None if labels is None else np.asarray(labels)
     rows = _check_columns(columns, labels)
     lengths = _lengths(columns)
+    if balance:
+        _check_classes(labels, seed)
     layout = plans.layout(rows, lengths, batch_size=batch_size, buckets=buckets, remainder=remainder, shards=shard[1])
+    layout = layout._replace(classes=labels.astype(np.int64) if balance and labels is not None else None)
     run = Batches(dict(columns), labels, layout, seed, epochs, shard[0], start, prefetch, transform)
     _check_settings(run, shard)
     return run
@@ -133,7 +144,10 @@ class Batches:
 
     @property
     def shapes(self) -> dict[tuple[int, ...], int]:
-        """How many batches of an epoch have each leading shape, `(B, L)` or `(B,)`: one compilation each."""
+        """How many batches of an epoch have each leading shape, `(B, L)` or `(B,)`: one compilation each.
+
+        With `balance` and several buckets, of an epoch that has every row once.
+        """
         return plans.shapes(self.layout)
 
     @property
@@ -144,7 +158,7 @@ class Batches:
         return (
             f"rows={len(layout.bucket_of_row)} batch={layout.batch_size} seed={self.seed} "
             f"shards={layout.shards} remainder={layout.remainder} buckets={buckets} "
-            f"data={_digest(self.columns, self.labels)}"
+            f"data={_digest(self.columns, self.labels)}{'' if layout.classes is None else ' balanced'}"
         )
 
     def at(self, start: int) -> "Batches":
@@ -233,6 +247,18 @@ def _check_columns(columns: Mapping[str, Any], labels: np.ndarray | None) -> int
     if not rows:
         raise errors.DataError("the data set is empty; expected at least one row")
     return rows
+
+
+def _check_classes(labels: np.ndarray | None, seed: int | None) -> None:
+    if labels is None or seed is None:
+        raise errors.ConfigError(
+            f"balance draws rows by their labels, at random: {'labels' if labels is None else 'a seed'} must be given"
+        )
+    if labels.min() < 0:
+        raise errors.DataError(f"row {labels.argmin()} has the label {labels.min()}: balance needs classes from 0")
+    empty = np.flatnonzero(np.bincount(labels.astype(np.int64)) == 0)
+    if empty.size:
+        raise errors.DataError(f"classes {empty[:5].tolist()} have no row: balance cannot draw from them")
 
 
 def _lengths(columns: Mapping[str, Column]) -> np.ndarray | None:

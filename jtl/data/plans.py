@@ -20,6 +20,8 @@ class Layout(NamedTuple):
       batch_size: rows of a batch in one process.
       remainder: what becomes of an epoch's incomplete batch: "pad", "drop" or "keep".
       shards: the number of processes.
+      classes: int `[N]`, the class of each row, where an epoch draws all classes equally often; None where it
+        has every row once.
     """
 
     bucket_of_row: np.ndarray
@@ -28,6 +30,7 @@ class Layout(NamedTuple):
     batch_size: int
     remainder: str
     shards: int
+    classes: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
@@ -87,13 +90,47 @@ def epoch(layout: Layout, seed: int | None, epoch: int) -> list[Batch]:
       epoch: its number, from 0.
     """
     rng = None if seed is None else np.random.default_rng((seed, epoch))
-    order = np.arange(len(layout.bucket_of_row)) if rng is None else rng.permutation(len(layout.bucket_of_row))
-    size = layout.batch_size * layout.shards
+    size, counts, bucket_of_row = layout.batch_size * layout.shards, layout.batches, layout.bucket_of_row
+    order = np.arange(len(bucket_of_row)) if rng is None else rng.permutation(len(bucket_of_row))
+    if layout.classes is not None and rng is not None:
+        order = balanced(layout.classes, rng)
+    buckets = bucket_of_row[order]
+    if layout.classes is not None:
+        # Other rows in each epoch: what is left over in a bucket moves up anew, and the number of all batches stays.
+        buckets = _filled_up(buckets, np.zeros(len(order)), len(layout.buckets), size)
+        counts = _count(np.bincount(buckets, minlength=len(layout.buckets)), size, layout.remainder)
     planned = []
-    for bucket, (length, count) in enumerate(zip(layout.buckets, layout.batches, strict=True)):
-        rows = order[layout.bucket_of_row[order] == bucket]
+    for bucket, (length, count) in enumerate(zip(layout.buckets, counts, strict=True)):
+        rows = order[buckets == bucket]
         planned += [Batch(length, rows[i * size : (i + 1) * size]) for i in range(count)]
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
+
+
+def balanced(classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many rows as there are, of each class equally many, give or take one, in random order.
+
+    No row comes again before each of its class has come as often.
+
+    Args:
+      classes: int `[N]`, from 0, none of them without a row.
+      rng: decides which, and the order.
+
+    Returns:
+      int `[N]`, rows.
+
+    >>> drawn = balanced(np.array([0, 0, 0, 0, 0, 1]), np.random.default_rng(0))
+    >>> sorted(drawn.tolist())[-3:], len(set(drawn.tolist()))
+    ([5, 5, 5], 4)
+    """
+    rows, counts = len(classes), np.bincount(classes)
+    quotas = np.full(len(counts), rows // len(counts))
+    quotas[rng.permutation(len(counts))[: rows % len(counts)]] += 1
+    members = np.split(np.argsort(classes, kind="stable"), np.cumsum(counts)[:-1])
+    rounds = [
+        rng.permuted(np.tile(own, (-(-quota // len(own)), 1)), axis=1).ravel()[:quota]
+        for own, quota in zip(members, quotas, strict=True)
+    ]
+    return rng.permutation(np.concatenate(rounds))
 
 
 def local(layout: Layout, batch: Batch, shard: int) -> tuple[int, np.ndarray, int]:

@@ -122,16 +122,15 @@ def test_a_second_run_has_the_same_loss_and_so_compiles_nothing_again(case):
     assert first.loss_fn is second.loss_fn
 
 
-@pytest.mark.parametrize(("blocks", "directory"), [(0, True), (1, False)])
-def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory):
-    """Rows left over in one bucket move up into the next."""
+@pytest.mark.parametrize(("blocks", "directory", "balance"), [(0, True, False), (1, False, False), (0, False, True)])
+def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory, balance):
+    """Rows left over in one bucket move up into the next, in balanced epochs others each time."""
     rng = np.random.default_rng(1)
     checkpoints.write(tmp_path / "model")
     model, variables = jtl.load(tmp_path / "model", jtl.heads.classifier(2), key=jax.random.key(0))
     tokens = [rng.integers(3, 20, rng.integers(2, 13)).tolist() for _ in range(37)]
-    run = batches(
-        {"input_ids": ragged(tokens)}, rng.integers(0, 2, 37), batch_size=4, seed=3, epochs=4, buckets=(4, 8, 12)
-    )
+    labels, settings = rng.integers(0, 2, 37), {"seed": 3, "epochs": 4, "buckets": (4, 8, 12), "balance": balance}
+    run = batches({"input_ids": ragged(tokens)}, labels, batch_size=4, **settings)
     # Not Adam: the gradient of a key's bias is zero but for rounding, and Adam would make steps of it.
     loss_fn, tx = jtl.supervised(model, jtl.losses.cross_entropy), optax.sgd(0.1)
     mask = jtl.select("head", *["encoder/layer_1"][:blocks])
@@ -141,3 +140,16 @@ def test_length_buckets_are_followed_exactly(tmp_path, blocks, directory):
     *_, cached = jtl.fit(loss_fn, tx, state, frozen, run, say=lambda line: None, **options)
     assert cached.step == whole.step == len(run)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), whole.state.params, cached.state.params)
+
+
+@pytest.mark.parametrize("settings", [{}, {"remainder": "keep"}, {"epochs": 5, "seed": 3}])
+def test_rows_that_a_balanced_epoch_draws_several_times_are_served_right(case, settings):
+    case.y = np.array([0] * 17 + [1] * 4 + [2])
+    run = case.run(balance=True, **settings)
+    assert any(len(set(run.plan(step).rows)) < len(run.plan(step).rows) for step in range(len(run)))
+    whole, _ = trained(case, run, cache="off")
+    cached, _ = trained(case, run, cache="require")
+    for a, b in zip(whole, cached, strict=True):
+        np.testing.assert_allclose(a.metrics["loss"], b.metrics["loss"], rtol=1e-5)
+        assert a.metrics["accuracy"] == b.metrics["accuracy"]
+    chex_close(whole[-1].state.params, cached[-1].state.params)

@@ -257,3 +257,89 @@ def test_without_grain_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(errors.MissingExtraError, match=r"jtl\[data\]"):
         iter(batches(X, batch_size=2))
+
+
+def classes_of(run):
+    columns, options = run
+    return {**options, "labels": np.minimum(options["labels"], len(columns["row"]) - 1), "seed": options["seed"] or 0}
+
+
+@quick
+@given(runs(("pad", "keep", "drop")))
+def test_a_balanced_epoch_draws_each_class_equally_often(run):
+    columns, options = run
+    options = {**classes_of(run), "balance": True}
+    labels, rows = options["labels"], len(columns["row"])
+    options["batch_size"] = min(options["batch_size"], rows)
+    data = batches(columns, **options)
+    seen = list(data)
+    assert len(seen) == len(data) == data.steps_per_epoch * options["epochs"]
+    for first in range(0, len(seen), data.steps_per_epoch):
+        drawn = np.array([row for batch in seen[first : first + data.steps_per_epoch] for row in real(batch)])
+        dropped = rows % options["batch_size"] if options["remainder"] == "drop" else 0
+        assert len(drawn) == rows - dropped
+        times = np.bincount(labels[drawn], minlength=labels.max() + 1)
+        assert times.max() - times.min() <= 1 + dropped
+        for own in range(labels.max() + 1):
+            # A row comes again only after all of its class came.
+            often = np.bincount(drawn, minlength=rows)[labels == own]
+            assert often.max() - often.min() <= 1 + dropped
+
+
+@quick
+@given(runs(("pad", "keep")), st.data())
+def test_a_balanced_run_resumes_exactly_and_its_rows_keep_their_labels(run, data):
+    columns, options = run
+    options = {**classes_of(run), "balance": True}
+    whole = batches(columns, **options)
+    seen = list(whole)
+    start = data.draw(st.integers(0, len(seen)))
+    same(seen[start:], whole.at(start))
+    same(seen, batches(columns, **options))
+    lengths = columns["input_ids"].lengths
+    for batch in seen:
+        assert np.array_equal(batch["label"], options["labels"][batch["row"]])
+        assert (batch["input_ids"].shape[1] >= lengths[batch["row"]]).all()
+        assert np.array_equal(batch["attention_mask"].sum(1), lengths[batch["row"]])
+
+
+def test_balanced_epochs_show_all_of_a_frequent_class_in_time():
+    labels = np.array([0] * 90 + [1] * 10)
+    data = batches({"row": np.arange(100)}, labels, batch_size=10, seed=0, epochs=8, balance=True)
+    epochs = np.array_split(np.concatenate([batch["row"] for batch in data]), 8)
+    assert all(np.bincount(labels[rows]).tolist() == [50, 50] for rows in epochs)
+    assert any(sorted(epochs[0]) != sorted(rows) for rows in epochs[1:])
+    assert len(set(np.concatenate(epochs))) > 95
+    other = batches({"row": np.arange(100)}, labels, batch_size=10, seed=0, epochs=8)
+    assert data.fingerprint != other.fingerprint
+
+
+@quick
+@given(runs(("pad", "drop")), st.integers(1, 3))
+def test_balanced_shards_agree_on_shapes_and_make_up_the_whole(run, count):
+    columns, options = run
+    options = {**classes_of(run), "balance": True, "epochs": 1}
+    if options["remainder"] == "drop" and len(columns["row"]) < options["batch_size"] * count:
+        return
+    shards = [list(batches(columns, **options, shard=(i, count))) for i in range(count)]
+    shapes = [[batch["input_ids"].shape for batch in shard] for shard in shards]
+    assert all(listed == shapes[0] for listed in shapes)
+    alone = batches(columns, **{**options, "batch_size": options["batch_size"] * count})
+    for parts, batch in zip(zip(*shards, strict=True), alone, strict=True):
+        assert sorted(row for part in parts for row in real(part)) == sorted(real(batch))
+
+
+@pytest.mark.parametrize(
+    ("labels", "seed", "kind", "message"),
+    [
+        (None, 0, errors.ConfigError, "labels must be given"),
+        ([0, 1, 0, 1], None, errors.ConfigError, "a seed must be given"),
+        ([0, 2, 0, 2], 0, errors.DataError, r"classes \[1\] have no row"),
+        ([0, -1, 0, 1], 0, errors.DataError, "row 1 has the label -1"),
+        ([0.0, 1.5, 2.0, 0.1], 0, errors.DataError, "expected integers"),
+    ],
+)
+def test_what_cannot_be_balanced_is_refused(labels, seed, kind, message):
+    labels = None if labels is None else np.array(labels)
+    with pytest.raises(kind, match=message):
+        batches({"x": np.arange(4)}, labels, batch_size=2, seed=seed, balance=True)
