@@ -159,10 +159,12 @@ def audit(
     mask = _mask(state, before, trainable)
     start = _flat(before)
     copied = jax.tree.map(lambda leaf: leaf, frozen)  # its containers: a step that writes to them is found by them
-    after = _flat(_run(step, state, frozen, batch, whole, steps))
+    done = whole(*_run(step, state, frozen, batch, steps))
+    after = _flat(done)
     trained, held = jtree.partition(before["params"], mask)
     moving = {f"params/{path}" for path in jtree.paths(trained)} | _moving(before, mask)
-    findings = [_drift(start, after, moving), _still(start, after, trained, _ideal_grads(loss_fn, before, mask, batch))]
+    gradients = [] if loss_fn is None else _gradients(loss_fn, [before, done], mask, batch)
+    findings = [_drift(start, after, moving), _still(start, after, trained, gradients)]
     findings.append(_ties(trained, held))
     seen, ideal = _look(step, state, copied, batch, Modes(before["params"], mask)), None
     if seen is None:
@@ -211,12 +213,12 @@ def _flat(whole: Variables) -> dict[str, np.ndarray]:
     return {path: np.array(leaf) for path, leaf in jtree.leaves_with_paths(dict(whole))}
 
 
-def _run(step: Any, state: Any, frozen: Any, batch: Batch, whole: Any, steps: int) -> Variables:
-    """The variables after all steps."""
+def _run(step: Any, state: Any, frozen: Any, batch: Batch, steps: int) -> tuple[Any, Any]:
+    """The state after all steps, and what they read."""
     state = jax.tree.map(lambda leaf: jnp.array(leaf) if isinstance(leaf, jax.Array) else leaf, state)
     for _ in range(steps):
         state = step(state, frozen, batch)[0]
-    return whole(state, frozen)
+    return state, frozen
 
 
 def _moving(whole: Variables, mask: PyTree) -> set[str]:
@@ -235,13 +237,17 @@ def _drift(start: dict[str, np.ndarray], after: dict[str, np.ndarray], moving: s
 
 
 def _still(
-    start: dict[str, np.ndarray], after: dict[str, np.ndarray], trained: PyTree, grads: PyTree | None
+    start: dict[str, np.ndarray], after: dict[str, np.ndarray], trained: PyTree, gradients: Sequence[PyTree]
 ) -> Finding:
-    """Leaves that the mask trains in vain. Decay moves those, too: their gradient tells."""
+    """Leaves that the mask trains in vain. Decay moves those, too: their gradient tells.
+
+    One may be zero at the start alone, as that of a low-rank factor whose other factor is zero.
+    """
     paths = jtree.paths(trained)
     still = {path for path in paths if _same(start[f"params/{path}"], after.get(f"params/{path}"))}
-    if grads is not None:
-        still |= {path for path, grad in jtree.leaves_with_paths(grads) if not np.any(np.asarray(grad))}
+    if gradients:
+        zeros = [{path for path, grad in jtree.leaves_with_paths(tree) if not np.any(grad)} for tree in gradients]
+        still |= set.intersection(*zeros)
     detail = f"the loss depends on all {len(paths)} trained leaves"
     if still:
         detail = f"the loss does not depend on {len(still)} of {len(paths)} trained leaves: "
@@ -351,15 +357,15 @@ def _ideal(loss_fn: LossFn | None, whole: Variables, mask: PyTree, batch: Batch)
     return _flops(compiled)
 
 
-def _ideal_grads(loss_fn: LossFn | None, whole: Variables, mask: PyTree, batch: Batch) -> PyTree | None:
-    if loss_fn is None:
-        return None
-    state, frozen = init(whole, optax.identity(), trainable=mask, key=jax.random.key(0))
+def _gradients(loss_fn: LossFn, points: Sequence[Variables], mask: PyTree, batch: Batch) -> list[PyTree]:
+    """Of the trained leaves at each point, without what an optimizer makes of them."""
+    halves = [init(whole, optax.identity(), trainable=mask, key=jax.random.key(0)) for whole in points]
 
-    def loss(params: PyTree) -> jax.Array:
+    def loss(params: PyTree, state: TrainState, frozen: Any) -> jax.Array:
         return call_loss(loss_fn, state._replace(params=params), frozen, batch, state.key, False)[0]
 
-    return jax.jit(jax.grad(loss))(state.params)
+    gradient = jax.jit(jax.grad(loss))
+    return [gradient(state.params, state, frozen) for state, frozen in halves]
 
 
 def _flops(compiled: Any) -> float:

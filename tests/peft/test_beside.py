@@ -142,6 +142,16 @@ def test_what_is_padding_stays_padding(maker):
     np.testing.assert_allclose(whole[1:2], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_the_audit_passes_a_new_adapter_whose_first_gradients_are_zero():
+    model, variables = initial()
+    adapter = peft.lora(["**/query", "**/value"], rank=2)
+    attached = peft.attach(adapter, variables, key=jax.random.key(1))
+    mask = jtl.select("**/lora", "head")
+    loss, tx = jtl.supervised(peft.adapted(model, adapter), jtl.losses.cross_entropy), optax.adamw(1e-2)
+    state, frozen = jtl.init(attached, tx, trainable=mask, key=jax.random.key(0))
+    jtl.audit(jax.jit(jtl.train_step(loss, tx)), state, frozen, BATCH, loss_fn=loss, trainable=mask).require()
+
+
 @each
 def test_the_audit_passes_and_only_the_adapter_is_trained(maker):
     model, _, adapter, attached = made(maker)
