@@ -1,6 +1,7 @@
 """Comparing strategies: shared work changes no value, and the table says what single runs say."""
 
 import functools
+import io
 import math
 import types
 
@@ -95,6 +96,16 @@ def test_a_factor_is_a_learning_rate_and_a_run_is_what_fit_does():
         assert trial.share == trial.trained / jtl.tree.size(pretrained()["params"])
 
 
+def test_each_seed_may_have_examples_of_its_own():
+    arm, samples = arms((1.0,))[1], {seed: data(12) for seed in (0, 1)}
+    together = jtl.compare([arm], samples.get, CHOOSE, REPORT, seeds=(0, 1), metric="accuracy")
+    for trial in together.trials:
+        alone = jtl.compare([arm], samples[trial.seed], CHOOSE, REPORT, seeds=(trial.seed,), metric="accuracy")
+        assert trial.scores == pytest.approx(alone.trials[0].scores, abs=1e-6)
+    with pytest.raises(errors.DataError, match=r"\[1, 3\] steps an epoch"):
+        jtl.compare([arm], {0: data(12), 1: data(4)}.get, CHOOSE, REPORT, seeds=(0, 1), metric="accuracy")
+
+
 def test_a_phase_compiles_once_for_all_seeds_and_factors():
     traced = []
 
@@ -146,7 +157,8 @@ def test_the_sweet_spot_is_within_one_standard_error(head, spot):
 def test_what_does_not_fit_the_budget_is_left_out_and_named(monkeypatch):
     """By a clock that only the start of a run moves: by 10 seconds with a head alone, by 30 otherwise."""
     now = [0.0]
-    monkeypatch.setattr(comparing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(comparing.comparison, "time", clock)
 
     def costing(arm, seconds):
         def begin(key):
@@ -171,7 +183,7 @@ def test_the_table_and_the_picture_show_every_arm(tmp_path):
 
     made = trials(full=(1000, {1.0: [(0.0, 0.86), (0.0, 0.84)]}), head=(10, {2.0: [(0.0, 0.8), (0.0, 0.7)]}))
     found = Comparison("accuracy", True, made, (), 0.0, 0.0)
-    console = Console(record=True, width=200, quiet=False, file=(tmp_path / "out").open("w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     console.print(report.comparison_table(found))
     rows = {line.split()[0]: line.split() for line in console.export_text().splitlines() if line.split()}
     assert rows["full"][:3] == ["full", "*", "1,000"]
