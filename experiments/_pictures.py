@@ -7,8 +7,10 @@ all pictures, those of the test too: BatchNorm in frozen modules infers, so a pi
 import argparse
 import dataclasses
 import functools
+import hashlib
 import shutil
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +58,32 @@ def debian(package: str, data: Path | None) -> Path:
         (archive,) = Path(scratch).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", str(archive), f"{scratch}/unpacked"], check=True)
         Path(scratch, "unpacked").rename(folder)
+    return folder
+
+
+def npm(package: str, version: str, digest: str) -> Path:
+    """The folder of an unpacked package of npm, downloaded into jtl's cache where it is absent.
+
+    Args:
+      package: its name.
+      version: of it.
+      digest: SHA-256 of the packed file.
+    """
+    folder = assets.cache_dir() / "npm" / f"{package}-{version}"
+    if folder.is_dir():
+        return folder
+    if assets.offline() or not shutil.which("npm"):
+        raise SystemExit(f"{folder} does not exist: unpack the file of `npm pack {package}@{version}` there")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=scratch, check=True)
+        (packed,) = Path(scratch).glob("*.tgz")
+        found = hashlib.sha256(packed.read_bytes()).hexdigest()
+        if found != digest:
+            raise SystemExit(f"{package}@{version} has the digest {found}, expected {digest}")
+        with tarfile.open(packed) as archive:
+            archive.extractall(scratch, filter="data")
+        Path(scratch, "package").rename(folder)
     return folder
 
 

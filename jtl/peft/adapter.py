@@ -163,6 +163,8 @@ def joined(params: Any, delta: Any) -> Any:
     """
     if not (isinstance(params, Mapping) and isinstance(delta, Mapping)):
         raise ConfigError("an adapter's leaves and the params' are at the same place, or params are not nested dicts")
+    names = {str(name): name for name in params}  # NNX has lists, whose keys are numbers
+    delta = {names.get(str(name), name): value for name, value in delta.items()}
     shared = {name: joined(params[name], delta[name]) for name in params if name in delta}
     return {**params, **delta, **shared}
 
