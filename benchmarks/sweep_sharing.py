@@ -11,23 +11,28 @@ Bars: under 15 minutes, and at least 5 times faster than without sharing, on 2 C
 """
 
 import argparse
-import dataclasses
+import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from reporting import show, write
-from rich.console import Console
 
-from jtl.recipes import sweep
-from jtl.recipes.settings import Sweep
+from jtl import cli
 from jtl.weights import assets
 
+SEEDS = 3
+COMMON = ("--epochs", "4", "--minutes", "120")
+REVIEWS = ("--data", "tfds:rotten-tomatoes", "--labels-per-class", "200", "--held-out", "0.1", "--max-length", "40")
+PICTURES = ("--model", "mobilenet-v2", "--labels-per-class", "15", "--held-out", "0.4")
 
-def settings(stamps: Path) -> dict[str, Sweep]:
-    """What is swept."""
-    common = {"seeds": 3, "epochs": 4, "minutes": 60.0}
-    reviews = Sweep(data="tfds:rotten-tomatoes", labels_per_class=200, held_out="0.1", max_length=40, **common)
-    pictures = Sweep(data=str(stamps), model="mobilenet-v2", labels_per_class=15, held_out="0.4", **common)
-    return {"reviews": reviews, "pictures": pictures}
+
+def sweep(*flags: str, seeds: int) -> dict[str, Any]:
+    """What a sweep writes down."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        cli.main(["sweep", *flags, *COMMON, "--seeds", str(seeds), "--out", str(out)])
+        return json.loads((out / "sweep.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -35,26 +40,21 @@ def main() -> None:
     line = argparse.ArgumentParser()
     line.add_argument("--out", type=Path)
     line.add_argument("--stamps", type=Path, default=assets.cache_dir() / "stamps")
-    line.add_argument("--only", default="")
-    line.add_argument("--shared-only", action="store_true")
-    asked, console, rows = line.parse_args(), Console(width=110), []
-    for name, chosen in settings(asked.stamps).items():
+    line.add_argument("--only", default="", help="reviews or pictures")
+    asked, rows = line.parse_args(), []
+    for name, flags in {"reviews": REVIEWS, "pictures": ("--data", str(asked.stamps), *PICTURES)}.items():
         if asked.only not in name:
             continue
-        shared = sweep.run(chosen, console)
+        shared, alone = sweep(*flags, seeds=SEEDS), sweep(*flags, "--no-share", seeds=1)
         row = {
             "data": name,
-            "runs": len(shared.trials),
-            "shared s": round(shared.seconds),
-            "of it compilation s": round(shared.compile_seconds),
+            "runs": len(shared["trials"]),
+            "shared s": round(shared["seconds"]),
+            "its compilation s": round(shared["compile_seconds"]),
+            "alone s": round(SEEDS * alone["seconds"]),
+            "their compilation s": round(SEEDS * alone["compile_seconds"]),
+            "gain": round(SEEDS * alone["seconds"] / shared["seconds"], 2),
         }
-        if not asked.shared_only:
-            alone = sweep.run(dataclasses.replace(chosen, share=False, seeds=1), console)
-            row |= {
-                "alone s": round(alone.seconds * chosen.seeds),
-                "of it compilation s (alone)": round(alone.compile_seconds * chosen.seeds),
-                "gain": f"{alone.seconds * chosen.seeds / shared.seconds:.2f}",
-            }
         show(row)
         rows.append(row)
     write(asked.out, "sweep_sharing", rows)

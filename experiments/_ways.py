@@ -101,7 +101,7 @@ def _tuned(found: Comparison, arm: Arm) -> str:
 def _arm(task: Task, way: str, steps_per_epoch: int, tune: bool) -> Arm:
     steps = 5 * STEPS if way == "probe" else STEPS
     adapter = peft.lora(task.targets, rank=8) if way == "LoRA" else None
-    strategy = _strategy(task, way, steps)._replace(name=way)
+    strategy = jtl.Strategy(way, _strategy(task, way, steps).phases)
     loss_fn = _loss(task.model if adapter is None else peft.adapted(task.model, adapter))
     epochs, factors = -(-steps // steps_per_epoch), (0.3, 1.0, 3.0) if tune else (1.0,)
     return Arm(strategy, loss_fn, functools.partial(_start, task, adapter), epochs, factors)

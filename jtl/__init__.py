@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jtl import augment as augment
     from jtl import boundary as boundary
     from jtl import cache as cache
+    from jtl import comparing as comparing
     from jtl import data as data
     from jtl import errors as errors
     from jtl import heads as heads
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jtl import peft as peft
     from jtl import precision as precision
     from jtl import rates as rates
+    from jtl import report as report
     from jtl import rules as rules
     from jtl import soups as soups
     from jtl import strategies as strategies
@@ -80,6 +82,7 @@ _MODULES = (
     "augment",
     "boundary",
     "cache",
+    "comparing",
     "data",
     "errors",
     "heads",
@@ -92,6 +95,7 @@ _MODULES = (
     "peft",
     "precision",
     "rates",
+    "report",
     "rules",
     "soups",
     "strategies",

@@ -1,16 +1,12 @@
 """Strictness for the whole suite: dtype and rank promotion raise, annotations are checked.
 
-`JTL_TEST_DEVICES=8` runs it on eight simulated CPU devices. Machine code is not optimized, for compilation is most of
-what the suite takes; `JTL_TEST_OPTIMIZED=1` compiles as a user's program would.
+`JTL_TEST_DEVICES=8` runs it on eight simulated CPU devices.
 """
 
 import os
 
 devices = os.environ.get("JTL_TEST_DEVICES", "1")
-flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={devices}"]
-if not os.environ.get("JTL_TEST_OPTIMIZED"):
-    flags += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import importlib.util

@@ -137,6 +137,7 @@ def _print(settings: Sweep, found: Comparison, layout: Any, console: Console) ->
 def _save(settings: Sweep, found: Comparison, out: Path) -> None:
     with new_folder(out) as folder:
         rows = {"spot": found.spot._asdict(), "rows": [row._asdict() for row in found.rows]}
+        rows |= {"seconds": found.seconds, "compile_seconds": found.compile_seconds, "left_out": found.left_out}
         trials = [trial._asdict() for trial in found.trials]
         plain = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
         text = json.dumps({"settings": plain, **rows, "trials": trials}, indent=2)
