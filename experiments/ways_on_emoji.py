@@ -17,7 +17,6 @@ import jtl
 from jtl import strategies
 from jtl.data import Batches
 from jtl.data.preprocess import normalize
-from jtl.typing import Batch
 
 ROWS, SIZE = 10, 64
 RATES = dict.fromkeys(_ways.WAYS, 3e-4) | {"probe": 1e-2, "BitFit": 3e-3, "LoRA": 1e-3}
@@ -55,7 +54,7 @@ def main() -> None:
     _ways.run(task, _ways.Data(sample, *held_out), settings)
 
 
-def _normalized(batch: Batch, spec: object) -> Batch:
+def _normalized(batch: dict[str, np.ndarray], spec: object) -> dict[str, np.ndarray]:
     return {**batch, "image": normalize(batch["image"], spec)}
 
 
