@@ -76,7 +76,9 @@ def npm(package: str, version: str, digest: str) -> Path:
         raise SystemExit(f"{folder} does not exist: unpack the file of `npm pack {package}@{version}` there")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=scratch, check=True)
+        subprocess.run(
+            ["npm", "pack", "--silent", f"{package}@{version}"], cwd=scratch, check=True, stdout=subprocess.DEVNULL
+        )
         (packed,) = Path(scratch).glob("*.tgz")
         found = hashlib.sha256(packed.read_bytes()).hexdigest()
         if found != digest:
