@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jtl.errors import ConfigError, DataError, missing_extra
+from jtl import plots
+from jtl.errors import ConfigError, DataError
 from jtl.state import Frozen, TrainState, standard_promotion
 from jtl.step import LossFn, checker, train_step
 from jtl.typing import Batch
@@ -58,11 +59,7 @@ class RangeTest(NamedTuple):
         Raises:
           MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise missing_extra("matplotlib", "plots") from error
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = plots.figure(7.0, 4.0)
         axes = figure.add_subplot(xscale="log", xlabel="learning rate", ylabel="loss")
         axes.plot(self.rates, self.losses, color="0.8", label="loss of a batch")
         axes.plot(self.rates, self.smoothed, color="C0", label="smoothed")

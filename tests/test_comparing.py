@@ -1,5 +1,6 @@
 """Comparing strategies: shared work changes no value, and the table says what single runs say."""
 
+import dataclasses
 import functools
 import io
 import math
@@ -102,6 +103,10 @@ def test_each_seed_may_have_examples_of_its_own():
     for trial in together.trials:
         alone = jtl.compare([arm], samples[trial.seed], CHOOSE, REPORT, seeds=(trial.seed,), metric="accuracy")
         assert trial.scores == pytest.approx(alone.trials[0].scores, abs=1e-6)
+    flipped = dataclasses.replace(samples[0], labels=1 - samples[0].labels)  # the very same inputs
+    other = jtl.compare([arm], {0: samples[0], 1: flipped}.get, CHOOSE, REPORT, seeds=(0, 1), metric="accuracy")
+    alone = jtl.compare([arm], flipped, CHOOSE, REPORT, seeds=(1,), metric="accuracy")
+    assert other.trials[1].scores == pytest.approx(alone.trials[0].scores, abs=1e-6)
     with pytest.raises(errors.DataError, match=r"\[1, 3\] steps an epoch"):
         jtl.compare([arm], {0: data(12), 1: data(4)}.get, CHOOSE, REPORT, seeds=(0, 1), metric="accuracy")
 

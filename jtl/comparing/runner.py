@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class _Part(NamedTuple):
     together: _Compiled
     evaluator: _Compiled
     held_out: tuple[Any, ...]
-    columns: Mapping[str, Any]
+    rows: tuple[Any, ...]
     check: Callable[[Batch], None]
 
     def batches(self, run: Batches) -> Iterator[Batch]:
@@ -168,7 +168,7 @@ class Runner:
 
     def _part(self, number: int, phase: Phase, state: TrainState, frozen: Frozen, run: Batches) -> _Part:
         found = self._parts.get(number)
-        if found is not None and _same(found.frozen, frozen) and _same(found.columns, run.columns):
+        if found is not None and _same(found.frozen, frozen) and _same(found.rows, (run.columns, run.labels)):
             return found
         mode: Mode = "off" if self.folder is None else "auto"
         prepared = prepare(self.arm.loss_fn, state, frozen, run, mode=mode, directory=self.folder)
@@ -188,7 +188,7 @@ class Runner:
                 _Compiled(jax.vmap(step, in_axes=(0, None, None)), donate_argnums=0),
                 _Compiled(eval_step(prepared.loss_fn)),
             )
-        self._parts[number] = _Part(prepared, frozen, light, *programs, held_out, run.columns, look)
+        self._parts[number] = _Part(prepared, frozen, light, *programs, held_out, (run.columns, run.labels), look)
         return self._parts[number]
 
     def _scores(self, part: _Part, state: TrainState, frozen: Frozen) -> list[dict[str, float]]:

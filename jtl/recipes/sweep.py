@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import jtl
-from jtl.comparing import Arm, Comparison
+from jtl.comparing import Arm, Comparison, Row
 from jtl.data import examples
 from jtl.errors import ConfigError
 from jtl.recipes import task, ways
@@ -136,7 +137,7 @@ def _print(settings: Sweep, found: Comparison, layout: Any, console: Console) ->
 
 def _save(settings: Sweep, found: Comparison, out: Path) -> None:
     with new_folder(out) as folder:
-        rows = {"spot": found.spot._asdict(), "rows": [row._asdict() for row in found.rows]}
+        rows = {"spot": _row(found.spot), "rows": [_row(row) for row in found.rows]}
         rows |= {"seconds": found.seconds, "compile_seconds": found.compile_seconds, "left_out": found.left_out}
         trials = [trial._asdict() for trial in found.trials]
         plain = {name: str(value) for name, value in dataclasses.asdict(settings).items()}
@@ -145,3 +146,8 @@ def _save(settings: Sweep, found: Comparison, out: Path) -> None:
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=100).print(comparison_table(found))
         comparison_picture(found, folder / "sweep.png")
+
+
+def _row(row: Row) -> dict[str, Any]:
+    # JSON has no NaN: of one seed there is no interval.
+    return {**row._asdict(), "half": None if math.isnan(row.half) else row.half}

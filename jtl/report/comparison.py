@@ -7,8 +7,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from jtl import plots
 from jtl.comparing import Comparison
-from jtl.errors import missing_extra
 
 
 def comparison_table(comparison: Comparison, title: str = "") -> Table:
@@ -46,11 +46,7 @@ def comparison_picture(comparison: Comparison, path: str | Path, title: str = ""
     Raises:
       MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("matplotlib", "plots") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = plots.figure(7.0, 4.5)
     axes = figure.add_subplot()
     spot = comparison.spot
     for row in comparison.rows:

@@ -20,11 +20,6 @@ ROWS = [(f"{a} film {b}", name) for name, words in (("pos", GOOD), ("neg", BAD))
 COMMON = ("--batch-size", "8", "--max-length", "16", "--epochs", "1", "--blocks", "1")
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     config = checkpoints.CONFIG | {"num_hidden_layers": 1}

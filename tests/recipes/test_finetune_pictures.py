@@ -17,11 +17,6 @@ INPUT = ImageInput(size=(16, 16), resize="torchvision", resize_to=20, interpolat
 AUGMENTS = ("flip", "crop-flip", "randaugment")
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     config = ResNetConfig(embedding_size=4, hidden_sizes=(4, 8), depths=(1, 1), layer_type="basic", input=INPUT)

@@ -11,11 +11,6 @@ from ..models import checkpoints  # noqa: TID252
 from .test_finetune import ROWS, csv
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     config = checkpoints.CONFIG | {"num_hidden_layers": 2}
@@ -51,6 +46,17 @@ def _block(width, inner):
     """Of a Transformer's block, and the pooler above the last one."""
     block = 4 * (width * width + width) + 2 * width * inner + width + inner + 4 * width
     return block + width * width + width
+
+
+def test_one_seed_has_no_interval_and_the_json_is_json(model, tmp_path):
+    out = tmp_path / "out"
+    sweep(model, tmp_path, "--strategies", "feature-extraction", "--seeds", 1, "--out", out)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = json.loads((out / "sweep.json").read_text(), parse_constant=refuse)
+    assert written["spot"]["half"] is None
 
 
 @pytest.mark.parametrize(
