@@ -52,14 +52,13 @@ def comparison_picture(comparison: Comparison, path: str | Path, title: str = ""
     for row in comparison.rows:
         here = row.arm == spot.arm
         half = 0.0 if math.isnan(row.half) else row.half
-        axes.errorbar(
-            100 * row.share, row.mean, yerr=half, fmt="*" if here else "o", capsize=3, markersize=12 if here else 6
-        )
-        axes.annotate(row.arm, (100 * row.share, row.mean), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        form = {"fmt": "*" if here else "o", "markersize": 12 if here else 6, "capsize": 3}
+        axes.errorbar(100 * row.share, row.mean, yerr=half, label=row.arm, **form)
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.2)
     axes.set_xlabel("trained share of the parameters, %")
     axes.set_ylabel(comparison.metric)
     axes.set_title(title or f"sweet spot: {spot.arm}")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
