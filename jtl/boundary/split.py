@@ -51,10 +51,15 @@ class Prefix:
     Returns:
       A flat mapping whose arrays all lead with the batch axis: the stored values as `cut/0`,
       `cut/1`, ..., and the batch's entries that the suffix reads as they are.
+
+    Attributes:
+      boundary: where the loss is cut.
+      programs: what was compiled of it, for the caches of all data sets that have it in common.
     """
 
     def __init__(self, boundary: Boundary):
         self.boundary = boundary
+        self.programs: dict[Any, Any] = {}
 
     def __call__(self, frozen: Frozen | Params, collections: Collections, batch: Batch) -> Cached:
         """The cached form of a batch."""

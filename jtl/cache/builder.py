@@ -108,24 +108,25 @@ class Compiled:
     """A prefix with its frozen leaves, compiled for each shape of batch when it first comes.
 
     Attributes:
-      seconds: spent on compilation.
+      seconds: spent on compilation here; what another cache of the prefix has compiled is used again.
       flops: operations by the shapes of a batch's entries, as XLA counts them.
     """
 
     def __init__(self, prefix: Prefix, frozen: Frozen, collections: Any):
         self.seconds, self.flops = 0.0, {}
         self._arguments, self._jitted = (frozen, collections), jax.jit(prefix)
-        self._steps: dict[Any, Any] = {}
+        self._programs = prefix.programs.setdefault(_kind(self._arguments), {})
 
     def __call__(self, batch: Batch) -> dict[str, jax.Array]:
         """The cached form of a batch."""
         shapes = _shapes(batch)
-        if shapes not in self._steps:
+        if shapes not in self._programs:
             started = time.perf_counter()
-            self._steps[shapes] = self._jitted.lower(*self._arguments, batch).compile()
+            self._programs[shapes] = self._jitted.lower(*self._arguments, batch).compile()
             self.seconds += time.perf_counter() - started
-            self.flops[shapes] = (self._steps[shapes].cost_analysis() or {}).get("flops", 0.0)
-        return self._steps[shapes](*self._arguments, batch)
+        if shapes not in self.flops:
+            self.flops[shapes] = (self._programs[shapes].cost_analysis() or {}).get("flops", 0.0)
+        return self._programs[shapes](*self._arguments, batch)
 
     def flops_at(self, shape: tuple[int, ...]) -> float:
         """Operations for a batch with an entry of this leading shape; 0 if none was computed."""
@@ -135,6 +136,12 @@ class Compiled:
     def group_of(self, batch: Batch) -> Signature:
         """The group that rows of these shapes belong to."""
         return signature(jax.eval_shape(self._jitted, *self._arguments, batch))
+
+
+def _kind(arguments: Any) -> Any:
+    """What a program is compiled for."""
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "sharding", None)) for leaf in leaves)
 
 
 def _shapes(batch: Batch) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jtl import tree as jtree
-from jtl.cache import Mode, Prepared, build, follow, prepare
+from jtl.cache import Cache, Mode, Prepared, build, follow, prepare
 from jtl.comparing.results import Trial
 from jtl.data import Batches
 from jtl.loop import evaluate
@@ -78,6 +78,7 @@ class _Part(NamedTuple):
     step: _Compiled
     together: _Compiled
     evaluator: _Compiled
+    caches: tuple[Cache, ...]
     held_out: tuple[Any, ...]
     rows: tuple[Any, ...]
     check: Callable[[Batch], None]
@@ -174,13 +175,15 @@ class Runner:
         prepared = prepare(self.arm.loss_fn, state, frozen, run, mode=mode, directory=self.folder)
         step = train_step(prepared.loss_fn, phase.tx)
         look = checker(self.arm.loss_fn, state, frozen)
-        light, held_out = False, self.held_out
+        light, caches, held_out = False, (), self.held_out
         if prepared.split is not None:
             light = prepared.split.report.suffix_flops < LIGHT
-            caches = [build(prepared.split.prefix, state, frozen, part, directory=self.folder) for part in held_out]
+            prefix = prepared.split.prefix
+            caches = tuple(build(prefix, state, frozen, part, directory=self.folder) for part in held_out)
             held_out = tuple(follow(cache, part) for cache, part in zip(caches, held_out, strict=True))
         if found is not None and found.prepared.loss_fn is prepared.loss_fn:
             programs = found.step, found.together, found.evaluator
+            self._compile_seconds += _compilation_of_caches(found)
         else:
             self._compile_seconds += 0.0 if found is None else _compilation(found)
             programs = (
@@ -188,7 +191,8 @@ class Runner:
                 _Compiled(jax.vmap(step, in_axes=(0, None, None)), donate_argnums=0),
                 _Compiled(eval_step(prepared.loss_fn)),
             )
-        self._parts[number] = _Part(prepared, frozen, light, *programs, held_out, (run.columns, run.labels), look)
+        rows = run.columns, run.labels
+        self._parts[number] = _Part(prepared, frozen, light, *programs, caches, held_out, rows, look)
         return self._parts[number]
 
     def _scores(self, part: _Part, state: TrainState, frozen: Frozen) -> list[dict[str, float]]:
@@ -197,8 +201,12 @@ class Runner:
 
 
 def _compilation(part: _Part) -> float:
-    programs = part.step.seconds + part.together.seconds + part.evaluator.seconds
-    return programs + (part.prepared.cache.prefix.seconds if part.prepared.cache else 0.0)
+    return part.step.seconds + part.together.seconds + part.evaluator.seconds + _compilation_of_caches(part)
+
+
+def _compilation_of_caches(part: _Part) -> float:
+    own = () if part.prepared.cache is None else (part.prepared.cache,)
+    return sum((cache.prefix.seconds for cache in (*own, *part.caches)), 0.0)
 
 
 def _with_factor(state: TrainState, frozen: Frozen, factor: float) -> tuple[TrainState, Frozen]:

@@ -113,7 +113,7 @@ def _outcomes(
     held_out: Examples,
     advance: Callable[[str, int], progress.OnStep],
 ) -> Iterator[training.Outcome]:
-    sizes = {"max_length": settings.max_length, "batch_size": settings.batch_size}
+    sizes: dict[str, Any] = {"max_length": settings.max_length, "batch_size": settings.batch_size}
     test, _ = training.text_batches(tokenizer, held_out, **sizes)
     loss_fn = _loss(model)
     for seed in range(settings.seeds):

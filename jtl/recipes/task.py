@@ -99,7 +99,7 @@ def batches(
     longest = min(settings.max_length, given.model.config.max_position_embeddings)
     encode = functools.partial(training.text_batches, given.tokenizer, max_length=longest, batch_size=size)
     train, cut = encode(given.train, seed=seed, epochs=epochs)
-    tests = [encode(part) for part in held_out]
+    tests = [encode(part, known=train.layout.buckets) for part in held_out]
     shapes = ", ".join(f"{rows}x{length} ({count})" for (rows, length), count in sorted(train.shapes.items()))
     console.print(f"{len(train)} steps in {len(train.shapes)} shapes: {shapes}")
     cut_tests = sum(count for _, count in tests)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -56,7 +56,13 @@ class Run(NamedTuple):
 
 
 def text_batches(
-    tokenizer: Any, examples: Examples, *, max_length: int, max_buckets: int = 3, **settings: Any
+    tokenizer: Any,
+    examples: Examples,
+    *,
+    max_length: int,
+    max_buckets: int = 3,
+    known: Sequence[int] = (),
+    **settings: Any,
 ) -> tuple[Batches, int]:
     """Batches of token ids padded to length buckets.
 
@@ -65,13 +71,19 @@ def text_batches(
       examples: labelled texts, in the column `text`.
       max_length: longer texts are cut.
       max_buckets: the most padded lengths, each of which is compiled once.
+      known: the lengths of other batches, which are compiled already: they are used, and a longer one if need be.
       **settings: of `jtl.data.pipeline.batches`.
 
     Returns:
       The batches, and how many texts were cut.
     """
     encoded = text.encode(tokenizer, list(examples.columns["text"]), max_length=max_length)
-    buckets = text.buckets(encoded.input_ids.lengths, max_length=max_length, max_buckets=max_buckets)
+    lengths = encoded.input_ids.lengths
+    longer = lengths[lengths > max(known, default=0)]
+    if known and len(longer):
+        buckets = (*known, *text.buckets(longer, max_length=max_length, max_buckets=1))
+    else:
+        buckets = known or text.buckets(lengths, max_length=max_length, max_buckets=max_buckets)
     columns = {"input_ids": encoded.input_ids}
     return batches(columns, examples.labels, buckets=buckets, **settings), encoded.truncated
 

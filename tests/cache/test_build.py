@@ -64,6 +64,17 @@ def test_a_second_build_computes_nothing(case, tmp_path, monkeypatch):
     np.testing.assert_array_equal(values(first)["cut/0"], values(second)["cut/0"])
 
 
+def test_caches_of_one_prefix_share_its_programs_and_not_its_leaves(case):
+    cut = case.cut()
+    first = case.build(cut)
+    case.frozen = case.frozen._replace(params=jax.tree.map(lambda leaf: 1.1 * leaf, case.frozen.params))
+    second = case.build(cut)
+    assert second.prefix.seconds == 0 < first.prefix.seconds
+    assert second.prefix.flops == first.prefix.flops
+    np.testing.assert_array_equal(values(second)["cut/0"], values(case.build())["cut/0"])
+    assert not np.allclose(values(second)["cut/0"], values(first)["cut/0"], rtol=1e-2)
+
+
 def mutations(case):
     """Everything that a stored value depends on, changed one at a time."""
     stem = case.frozen.params["stem"]
