@@ -108,7 +108,7 @@ def _arm(task: Task, way: str, steps_per_epoch: int, tune: bool) -> Arm:
 
 
 def _strategy(task: Task, way: str, steps: int) -> jtl.Strategy:
-    groups, tx = task.groups, _optimizer(task.rates[way], steps)
+    groups, tx = task.groups, _optimizer(task.rates.get(way, 0.0), steps)
     third = steps // 3
     return {
         "probe": lambda: strategies.feature_extraction(tx),
@@ -122,6 +122,15 @@ def _strategy(task: Task, way: str, steps: int) -> jtl.Strategy:
             _optimizer(task.rates["probe"], third), _optimizer(task.rates[way], steps - third), steps=third
         ),
         "full": lambda: strategies.full(tx),
+        "LP-FT, norms frozen": lambda: strategies.lp_ft(
+            _optimizer(task.rates["probe"], third),
+            _optimizer(task.rates["LP-FT"], steps - third),
+            steps=third,
+            trainable=jtl.everything() - jtl.masks.norms(),
+        ),
+        "full, norms frozen": lambda: strategies.fine_tune(
+            _optimizer(task.rates["full"], steps), jtl.everything() - jtl.masks.norms()
+        ),
     }[way]()
 
 
