@@ -12,9 +12,10 @@ from jtl import heads, quantized
 from jtl import tree as jtree
 from jtl.errors import ConfigError
 from jtl.models import registry
+from jtl.models.naming import head_settings, naming, task_of
 from jtl.models.recognise import OWN
 from jtl.typing import PyTree
-from jtl.weights import convert, safetensors
+from jtl.weights import safetensors
 from jtl.weights.folders import check_new, new_folder
 
 
@@ -73,11 +74,12 @@ def _as_transformers(
     """A model's settings and tensors as transformers has them."""
     family, config = registry.of_model(model), model.config
     describe(model)  # a head of one's own has no place there
-    if family.settings is None:
-        raise ConfigError(f"transformers has no model of the family {family.name}: use format='jtl'")
-    outputs = None if model.head is None else model.head.outputs
-    settings = family.settings(config, outputs)
-    if outputs is not None:
+    located = naming(model)
+    outputs = getattr(model.head, "outputs", None)
+    settings = family.settings(config, outputs)  # pyright: ignore[reportOptionalCall]: naming has refused its absence
+    if family.classes:
+        settings["architectures"] = [family.classes + (task_of(model) or "Model")]
+    if outputs is not None and type(model.head) is not heads.Span:
         names = list(classes) or [f"LABEL_{k}" for k in range(outputs)]
         if len(names) != outputs:
             raise ConfigError(f"{len(names)} names of classes for a head of {outputs} outputs")
@@ -85,14 +87,10 @@ def _as_transformers(
         settings["label2id"] = {name: k for k, name in enumerate(names)}
     if family.modality == "image":
         settings["input"] = dataclasses.asdict(config.input)
-    layout, backbone = family.layouts[0], f"{settings['model_type']}."
-    keys, tensors = layout.keys(config), {}
+    tensors = {}
     for path, leaf in jtree.leaves_with_paths(dict(variables)):
         path = path.partition("/")[2]
-        source, axes = convert.locate(path, keys)
-        if not path.startswith("head/"):
-            source = source.removeprefix(backbone)
-            source = source if outputs is None else backbone + source
+        source, axes = located(path)
         tensors[source] = axes.write(np.asarray(leaf))
         if path.endswith("/mean"):  # PyTorch counts batches beside the statistics, and reads the count nowhere
             tensors[source.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -106,11 +104,11 @@ def describe(model: Any) -> dict[str, Any]:
       ConfigError: the model is of no family, or its head is not one of `jtl.heads`.
     """
     family = registry.of_model(model)
-    known = (heads.Linear, type(family.head(model.config, 1)))
+    known = (*heads.KINDS.values(), type(family.head(model.config, 1)))
     if model.head is not None and type(model.head) not in known:  # a subclass is another module
         raise ConfigError(
             f"save knows the heads of jtl.heads, not {type(model.head).__name__}: keep the module's code yourself, "
             "and its variables with jtl.weights.safetensors.write_tensors"
         )
-    head = model.head and {name: getattr(model.head, name) for name in ("outputs", "dropout", "scale")}
+    head = None if model.head is None else {"kind": type(model.head).__name__, **head_settings(model.head)}
     return {"family": family.name, "config": dataclasses.asdict(model.config), "head": head}

@@ -13,7 +13,7 @@ from jtl import tree as jtree
 from jtl.errors import ConfigError
 from jtl.models import registry
 from jtl.models.family import Family, KeyLayout
-from jtl.models.recognise import Checkpoint, head_sources, opened, with_overrides
+from jtl.models.recognise import Checkpoint, opened, with_overrides
 from jtl.models.tracing import variable_shapes
 from jtl.typing import Key, PyTree
 from jtl.weights import convert
@@ -117,7 +117,7 @@ def _filled(
         layout = KeyLayout("jtl", lambda _: [KeyRule(path, name, convert.KEEP) for path, name in named.items()])
     keys = layout.keys(config)
     without_own = new_head or model.head is None
-    ignored = [*layout.ignored(config), *(head_sources(layout, config) if without_own else ())]
+    ignored = [*layout.ignored(config), *(layout.heads(config) if without_own or layout.tasks else ())]
     if checkpoint.layout is None and new_head:
         ignored.append("*/head")
 

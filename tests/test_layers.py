@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jtl").rglob("*.py"))
 
 # From the bottom up. A file imports from its own package and from tiers below its own.
 TIERS = (
-    ("typing", "errors"),
+    ("typing", "errors", "labels", "activations"),
     ("plots",),
     ("tree",),
     ("losses", "metrics", "heads"),

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ class Features(NamedTuple):
 
     Attributes:
       sequence: `[batch, length, width]`.
-      pooled: `[batch, width]`, what a head is given.
+      pooled: `[batch, width]`; None where the model has a head that reads each position.
     """
 
     sequence: jax.Array
-    pooled: jax.Array
+    pooled: jax.Array | None
 
 
 class PictureFeatures(NamedTuple):
@@ -68,6 +68,20 @@ class ImageInput:
     channels: str = "rgb"
 
 
+class Task(NamedTuple):
+    """A head that checkpoints come with.
+
+    Attributes:
+      head: `(config, outputs)` to the module.
+      keys: a configuration to the rules of the head's leaves.
+      outputs: the path of a leaf whose last axis is as wide as the outputs; None where their number is the model's own.
+    """
+
+    head: Callable[[Any, int], nn.Module]
+    keys: Callable[[Any], Sequence[KeyRule]]
+    outputs: str | None = "head/kernel"
+
+
 class KeyLayout(NamedTuple):
     """How one library names and lays out the tensors of a family.
 
@@ -75,10 +89,12 @@ class KeyLayout(NamedTuple):
       name: of the library, such as "transformers" or "timm, torchvision".
       keys: a configuration to its key rules. Their paths are those of all collections together, which
         have no leaf in common: `stem/norm/scale` of the parameters, `stem/norm/mean` of the statistics.
-        The head's leaves, `head/kernel` and `head/bias`, have rules as well.
+        The head's leaves, `head/kernel` and `head/bias`, have rules as well, unless there are `tasks`.
       ignored: patterns of source tensors that have no place in a configuration's tree.
       rename: normalises the name of a source tensor: prefixes, old spellings.
       in_memory: the name of a tensor of a file among the library's own modules, where that differs.
+      tasks: the heads that its checkpoints come with, by the ends of the names of their classes, such as
+        "ForTokenClassification"; empty where there is but one.
     """
 
     name: str
@@ -86,6 +102,19 @@ class KeyLayout(NamedTuple):
     ignored: Callable[[Any], Sequence[str]] = lambda config: ()
     rename: Callable[[str], str] = lambda name: name
     in_memory: Callable[[str], str] = lambda name: name
+    tasks: Mapping[str, Task] = MappingProxyType({})
+
+    def of_task(self, name: str | None) -> "KeyLayout":
+        """The layout with the rules of a task's head, and none of the others'."""
+        if name is None:
+            return self
+        return self._replace(keys=lambda config: [*self.keys(config), *self.tasks[name].keys(config)])
+
+    def heads(self, config: Any) -> list[str]:
+        """Patterns of the tensors that the leaves of heads have."""
+        rules = [rule for task in self.tasks.values() for rule in task.keys(config)]
+        rules += [rule for rule in self.keys(config) if rule.path.startswith("head/")]
+        return sorted({rule.source.replace(".", "/").replace("{}", "*") for rule in rules})
 
 
 class Family(NamedTuple):
@@ -108,6 +137,10 @@ class Family(NamedTuple):
       adapt: `(config, path, array, shape)` to an array of the shape that a leaf needs, where a checkpoint for
         another size of input can be changed into it.
       settings: `(config, outputs)` to the `config.json` of transformers; None where that has no such model.
+      settle: `(config, names)` to the configuration of a checkpoint whose tensors have these names, where its
+        settings leave something open.
+      classes: what the names of transformers' classes begin with, such as "Bert", where there are tasks.
+      backbone: what the names of the tensors begin with in classes with a head; by default the model type.
       variants: configurations by the names of timm.
       licence: of the usual checkpoints.
     """
@@ -124,6 +157,9 @@ class Family(NamedTuple):
     head: Callable[[Any, int], nn.Module] = lambda config, outputs: heads.Linear(outputs)
     adapt: Callable[[Any, str, np.ndarray, tuple[int, ...]], np.ndarray] = lambda config, path, array, shape: array
     settings: Callable[[Any, int | None], dict[str, Any]] | None = None
+    settle: Callable[[Any, Iterable[str]], Any] = lambda config, names: config
+    classes: str = ""
+    backbone: str | None = None
     variants: Mapping[str, Any] = MappingProxyType({})
     licence: str = ""
 

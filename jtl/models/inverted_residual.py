@@ -22,10 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.convolution import BatchNorm, Conv, Padding
 from jtl.models.family import PictureFeatures
-from jtl.models.layers import ACTIVATIONS, call_head
+from jtl.models.layers import call_head
 
 ACTS: dict[str, Callable[[jax.Array], jax.Array]] = {**ACTIVATIONS, "relu6": nn.relu6}
 """Activation functions by the names that checkpoints give them."""
@@ -226,7 +227,7 @@ class InvertedResidualNet(nn.Module):
           `PictureFeatures`, or what the head makes of the pooled ones.
         """
         features = self.features(images, deterministic=deterministic)
-        return features if self.head is None else call_head(self.head, features.pooled, deterministic=deterministic)
+        return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

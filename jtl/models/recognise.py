@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,16 +65,26 @@ def opened(source: Source, overrides: Mapping[str, Any], *, weights: bool = True
         return Checkpoint(source, family, config, None, None, None)
     layout = _layout(family, config, tensors, source.name)
     named = tensors.renamed(layout.rename, source.name)
-    outputs = _outputs(family, config, layout, named, settings) if own_head else None
-    head = None if outputs is None else family.head(config, outputs)
+    config = family.settle(config, named)
+    head, layout = _head(family, config, layout, named, settings) if own_head else (None, layout)
     return Checkpoint(source, family, config, head, named, layout)
 
 
 def _own(source: Source, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     family = registry.get(settings.get("family"))
-    config, saved = family.parse(settings.get("config", {}), None, overrides), settings.get("head")
-    kind = type(family.head(config, 1)) if saved else heads.Linear
-    return Checkpoint(source, family, config, kind(**saved) if saved else None, open_tensors(source.path), None)
+    config = family.parse(settings.get("config", {}), None, overrides)
+    return Checkpoint(source, family, config, _own_head(family, config, settings), open_tensors(source.path), None)
+
+
+def _own_head(family: Family, config: Any, settings: Mapping[str, Any]) -> nn.Module | None:
+    saved = settings.get("head")
+    if saved is None:
+        return None
+    known = {**heads.KINDS, **{type(head).__name__: type(head) for head in [family.head(config, 1)]}}
+    kind = saved.get("kind", type(family.head(config, 1)).__name__)
+    if kind not in known:
+        raise ConfigError(f"{OWN} has a head of the kind {kind!r}; jtl has {sorted(known)}")
+    return known[kind](**{name: value for name, value in saved.items() if name != "kind"})
 
 
 def _tensors(source: Source, *, required: bool) -> Tensors | None:
@@ -111,8 +122,6 @@ def with_overrides(family: Family, config: Any, overrides: Mapping[str, Any]) ->
     Raises:
       ConfigError: a field that it does not have, or a value that it cannot have.
     """
-    from dataclasses import fields
-
     plain = {field.name: getattr(config, field.name) for field in fields(config)}
     return family.parse(plain, None, overrides) if overrides else config
 
@@ -163,22 +172,32 @@ def _layout(family: Family, config: Any, tensors: Tensors, name: str) -> KeyLayo
     return family.layouts[int(np.argmax(scores))]
 
 
-def head_sources(layout: KeyLayout, config: Any) -> list[str]:
-    """Patterns of the tensors that a head's leaves have in a layout."""
-    return [rule.source.replace(".", "/") for rule in layout.keys(config) if rule.path.startswith("head/")]
-
-
-def _outputs(
+def _head(
     family: Family, config: Any, layout: KeyLayout, tensors: Tensors, settings: Mapping[str, Any]
-) -> int | None:
-    """The width of the classifier that a checkpoint has, None where it has none of this family's."""
-    sources = {rule.path: rule for rule in layout.keys(config)}
-    rule = sources.get("head/kernel")
+) -> tuple[nn.Module | None, KeyLayout]:
+    """The head that a checkpoint has, and the layout with the rules of its leaves; None where it has none."""
+    if not layout.tasks:
+        outputs = _outputs("head/kernel", config, layout, tensors, settings)
+        return None if outputs is None else family.head(config, outputs), layout
+    architecture = str(next(iter(settings.get("architectures") or ()), ""))
+    name = next((name for name in layout.tasks if architecture == family.classes + name), None)
+    if name is None:  # a backbone, or the heads of pretraining, which several tasks share
+        return None, layout
+    task, layout = layout.tasks[name], layout.of_task(name)
+    outputs = 0 if task.outputs is None else _outputs(task.outputs, config, layout, tensors, settings)
+    if outputs is None:
+        wanted = [rule.source for rule in task.keys(config)]
+        raise WeightsError(
+            f"config.json says {architecture}, but the head's tensors {wanted} are missing; pass head= for a new one"
+        )
+    return task.head(config, outputs), layout
+
+
+def _outputs(leaf: str, config: Any, layout: KeyLayout, tensors: Tensors, settings: Mapping[str, Any]) -> int | None:
+    """The number of outputs of the head that a checkpoint has, None where it has not the leaf that tells it."""
+    rule = next((rule for rule in layout.keys(config) if rule.path == leaf), None)
     if rule is None or rule.source not in tensors:
         return None
-    architectures = settings.get("architectures") or []
-    if family.modality == "text" and not any(str(a).endswith("ForSequenceClassification") for a in architectures):
-        return None  # the same name is given to the heads of other tasks
     got = int(rule.layout.read(np.broadcast_to(np.float32(0), convert.shape_of(tensors, rule.source))).shape[-1])
     labels = settings.get("id2label")
     declared = settings.get("num_classes", settings.get("num_labels", len(labels) if labels else None))

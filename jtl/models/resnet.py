@@ -21,10 +21,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.convolution import BatchNorm, Conv, max_pool
 from jtl.models.family import Family, PictureFeatures
-from jtl.models.layers import ACTIVATIONS, call_head
+from jtl.models.layers import call_head
 from jtl.models.resnet_config import VARIANTS, LayerShape, ResNetConfig, block_layers, parse, settings, stage_strides
 from jtl.models.resnet_layouts import LAYOUTS, infer
 
@@ -109,7 +110,7 @@ class ResNet(nn.Module):
           `PictureFeatures`, or what the head makes of the pooled ones.
         """
         features = self.features(images, deterministic=deterministic)
-        return features if self.head is None else call_head(self.head, features.pooled, deterministic=deterministic)
+        return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

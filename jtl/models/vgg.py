@@ -105,7 +105,7 @@ class Vgg(nn.Module):
           `PictureFeatures`, or what the head makes of the pooled ones.
         """
         features = self.features(images, deterministic=deterministic)
-        return features if self.head is None else call_head(self.head, features.pooled, deterministic=deterministic)
+        return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

@@ -22,15 +22,14 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from jtl import heads
+from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
+from jtl.models.attention import IMPLEMENTATIONS, SelfAttention
 from jtl.models.family import Family, PictureFeatures
-from jtl.models.layers import ACTIVATIONS, Dense, Dropout, SelfAttention, call_head
+from jtl.models.layers import Dense, Dropout, Mlp, call_head, layer_norm
 from jtl.models.tracing import random_init
 from jtl.models.vit_config import VARIANTS, ViTConfig, parse, settings
 from jtl.models.vit_layouts import LAYOUTS, adapt_positions, infer
-
-ATTENTION = ("xla", "cudnn")
-"""Implementations of attention; see `ViT`."""
 
 
 class Patches(nn.Module):
@@ -77,20 +76,6 @@ class Embeddings(nn.Module):
         return Dropout(c.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
-class Mlp(nn.Module):
-    """Two dense layers with an activation between."""
-
-    config: ViTConfig
-    dtype: jax.typing.DTypeLike | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., width]` to `[..., width]`."""
-        c = self.config
-        dense = functools.partial(Dense, init_scale=c.initializer_range, dtype=self.dtype)
-        return dense(c.hidden_size, name="down")(ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, name="up")(x)))
-
-
 class Layer(nn.Module):
     """One pre-norm Transformer block."""
 
@@ -112,8 +97,10 @@ class Layer(nn.Module):
             self.attention,
             name="attention",
         )
-        x = x + drop(attend(_norm(c, self.dtype, "attention_norm")(x), deterministic=deterministic))
-        return x + drop(Mlp(c, self.dtype, name="mlp")(_norm(c, self.dtype, "mlp_norm")(x)))
+        mlp = Mlp(c.intermediate_size, c.hidden_act, c.initializer_range, self.dtype, name="mlp")
+        norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype)
+        x = x + drop(attend(norm("attention_norm")(x), deterministic=deterministic))
+        return x + drop(mlp(norm("mlp_norm")(x)))
 
 
 class Encoder(nn.Module):
@@ -159,7 +146,7 @@ class ViT(nn.Module):
           `PictureFeatures`, or what the head makes of the pooled ones.
         """
         features = self.features(images, deterministic=deterministic)
-        return features if self.head is None else call_head(self.head, features.pooled, deterministic=deterministic)
+        return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:
@@ -168,7 +155,7 @@ class ViT(nn.Module):
         self._check(images)
         x = Embeddings(c, self.dtype, name="embeddings")(images, deterministic=deterministic)
         x = Encoder(c, self.dtype, self.attention, name="encoder")(x, deterministic=deterministic)
-        norm = _norm(c, self.dtype, "norm")
+        norm = layer_norm(c.layer_norm_eps, self.dtype, "norm")
         x = x if c.norm_after_pool else norm(x)
         spatial = x[:, c.prefix :].reshape(len(x), *c.grid, c.hidden_size)
         if c.pool == "mean":
@@ -189,8 +176,8 @@ class ViT(nn.Module):
                 f"images must be [batch, {height}, {width}, {channels}], got {list(images.shape)}; load the model with "
                 "image_size=(height, width) for pictures of another size"
             )
-        if self.attention not in ATTENTION:
-            raise ConfigError(f"attention {self.attention!r} is not among {ATTENTION}")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ConfigError(f"attention {self.attention!r} is not among {IMPLEMENTATIONS}")
 
 
 class DistilledHead(nn.Module):
@@ -222,11 +209,6 @@ class DistilledHead(nn.Module):
         kernel = self.param(f"{prefix}kernel", init, (token.shape[-1], self.outputs))
         bias = self.param(f"{prefix}bias", nn.initializers.zeros_init(), (self.outputs,))
         return token @ kernel.astype(token.dtype) + jnp.expand_dims(bias.astype(token.dtype), 0)
-
-
-def _norm(config: ViTConfig, dtype: Any, name: str) -> nn.LayerNorm:
-    # The one-pass variance loses digits that parity with other libraries needs.
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def example(config: ViTConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.family import ImageInput, check_overrides, fields_from_json, read_json
-from jtl.models.layers import ACTIVATIONS
 from jtl.models.pictures import image_input
 
 POOLS = ("cls", "mean", "pooler", "distilled")

@@ -13,7 +13,7 @@ Each adapted tensor `<module>.weight` of the model in transformers has two thin 
 import collections
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jtl import tree as jtree
 from jtl.errors import ConfigError, SourceNotFoundError, WeightsError
 from jtl.models import registry
 from jtl.models.family import read_json
+from jtl.models.naming import layout_of, naming
 from jtl.peft.adapter import Adapter, detach, joined
 from jtl.peft.lora import dora, lora, scale_of
 from jtl.typing import Variables
@@ -147,7 +148,7 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _places(model: Any, params: Any) -> dict[str, tuple[str, Any]]:
     """Normalised names of tensors in transformers, with the path and the layout of each leaf."""
-    layout = registry.of_model(model).layouts[0]
+    layout = layout_of(model)
     keys = layout.keys(model.config)
     found = {path: convert.locate(path, keys) for path in jtree.paths(params)}
     return {layout.rename(source): (path, axes) for path, (source, axes) in found.items()} | {"": ("", layout.rename)}
@@ -233,11 +234,12 @@ def _written(
     model: Any, adapter: Adapter, params: Any, delta: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, float]]]:
     """The thin tensors by name, and rank and alpha of each module."""
-    kernels, tensors, adapted = dict(jtree.leaves_with_paths(params)), {}, {}
+    kernels, located = dict(jtree.leaves_with_paths(params)), _naming(model)
+    tensors, adapted = {}, {}
     for path, leaf in jtree.leaves_with_paths(delta):
         *module, _, kernel, name = path.split("/")
         target = "/".join([*module, kernel])
-        base = _name(model, target).removesuffix(".weight")
+        base = located(target)[0].removesuffix(".weight")
         embedding = kernel == "embedding"
         suffix = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[name]
         if embedding and name != "magnitude":
@@ -248,29 +250,26 @@ def _written(
     return tensors, adapted
 
 
-def _name(model: Any, path: str) -> str:
-    """The name of a leaf's tensor among the modules of the class of transformers that `jtl.save` writes."""
-    family, layout = registry.of_model(model), registry.of_model(model).layouts[0]
-    if family.settings is None:
-        raise ConfigError(f"transformers has no model of the family {family.name}")
-    outputs = None if model.head is None else model.head.outputs
-    backbone = f"{family.settings(model.config, outputs)['model_type']}."
-    source = convert.locate(path, layout.keys(model.config))[0]
-    if path.startswith("head/"):
-        return source
-    source = source.removeprefix(backbone)
-    return layout.in_memory(source if outputs is None else backbone + source)
+def _naming(model: Any) -> Callable[[str], tuple[str, convert.Layout]]:
+    """A leaf's path to the name of its tensor among the modules of the class of transformers, and its axes."""
+    located, in_memory = naming(model), registry.of_model(model).layouts[0].in_memory
+
+    def locate(path: str) -> tuple[str, convert.Layout]:
+        source, axes = located(path)
+        return source if path.startswith("head/") else in_memory(source), axes
+
+    return locate
 
 
 def _whole(model: Any, params: Any, modules: Sequence[str]) -> dict[str, np.ndarray]:
-    layout, found = registry.of_model(model).layouts[0], {}
+    located, found = _naming(model), {}
     for module in modules:
         leaves = [(path, leaf) for path, leaf in jtree.leaves_with_paths(params) if path.startswith(f"{module}/")]
         if not leaves:
             raise ConfigError(f"{module!r} is no module of the model")
         for path, leaf in leaves:
-            axes = convert.locate(path, layout.keys(model.config))[1]
-            found[_name(model, path)] = axes.write(np.asarray(leaf))
+            name, axes = located(path)
+            found[name] = axes.write(np.asarray(leaf))
     return found
 
 

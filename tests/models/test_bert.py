@@ -13,7 +13,7 @@ import pytest
 
 import jtl
 from jtl.errors import ConfigError, WeightsError
-from jtl.models import bert
+from jtl.models import bert, bert_config, bert_layouts
 from jtl.weights.source import resolve
 
 from . import checkpoints
@@ -88,10 +88,10 @@ def _torch_inputs(inputs):
 
 def _by_path(model, named):
     """Torch tensors by name, as a tree of the model's params."""
-    values = {bert.rename(name): value.detach().float().numpy() for name, value in named}
-    settings = {"new": ("head",), "ignored": bert.ignored(model.config)}
+    values = {bert_layouts.rename(name): value.detach().float().numpy() for name, value in named}
+    settings = {"new": ("head",), "ignored": bert_layouts.ignored(model.config)}
     target = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return jtl.weights.convert.convert(target, values, bert.key_rules(model.config), **settings)
+    return jtl.weights.convert.convert(target, values, bert_layouts.key_rules(model.config), **settings)
 
 
 ABSENT = ((), ("attention_mask",), ("token_type_ids",), ("attention_mask", "token_type_ids"))
@@ -367,7 +367,7 @@ def test_dropout_is_random_in_training_and_off_otherwise(tmp_path):
 
 
 def test_depth_groups_cover_every_leaf_once(folder):
-    for pool in bert.POOLS:
+    for pool in bert_config.POOLS:
         model, variables = jtl.load(folder, jtl.heads.classifier(2), key=jax.random.key(0), pool=pool)
         masks = [jtl.select(*group)(variables["params"]) for group in bert.depth_groups(model)]
         assert set(jax.tree.leaves(jax.tree.map(lambda *taken: sum(taken), *masks))) == {1}

@@ -1,0 +1,120 @@
+"""The settings of a BERT, from and to those of transformers."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jtl.activations import ACTIVATIONS
+from jtl.errors import ConfigError
+from jtl.models.family import check_overrides, read_json
+
+POOLS = ("pooler", "mean", "cls", "max")
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """The settings of a BERT model, named as in `config.json`, with the same defaults.
+
+    `pool` says where pooled features come from: `pooler` (dense and tanh on the first token,
+    as BERT was trained), `mean` or `max` (over unpadded positions) or `cls` (the first token).
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    pool: str = "pooler"
+
+    def __post_init__(self):
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an integer above 0, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(f"hidden_act {self.hidden_act!r} is not among {sorted(ACTIVATIONS)}")
+        if self.pool not in POOLS:
+            raise ConfigError(f"pool {self.pool!r} is not among {POOLS}")
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of an input."""
+        return self.max_position_embeddings
+
+
+def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[str, Any]) -> BertConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+      settings: the parsed `config.json`.
+      folder: where it lies; a sentence-transformers pooling layer beside it decides `pool`.
+      overrides: fields that the caller sets.
+
+    Raises:
+      ConfigError: settings that this family does not have, such as relative positions.
+    """
+    check_overrides(BertConfig, overrides)
+    fields = {field.name for field in dataclasses.fields(BertConfig)}
+    unsupported = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+    unsupported |= {"tie_word_embeddings": True}
+    for name, value in unsupported.items():
+        if settings.get(name, value) != value:
+            raise ConfigError(f"config.json sets {name}={settings[name]!r}; jtl's BERT has only {name}={value!r}")
+    chosen = {name: value for name, value in settings.items() if name in fields}
+    pooling = None if folder is None or "pool" in overrides else _sentence_pooling(folder)
+    return BertConfig(**{**chosen, **({"pool": pooling} if pooling else {}), **overrides})
+
+
+def _sentence_pooling(folder: Path) -> str | None:
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    settings = read_json(path)
+    modes = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_max_tokens": "max",
+    }
+    # Each mode that is on counts, those that jtl lacks too: several are concatenated.
+    chosen = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on]
+    if len(chosen) != 1 or chosen[0] not in modes:
+        raise ConfigError(f"{path} asks for the pooling modes {chosen}; jtl has one of {sorted(modes)}: set pool=")
+    return modes[chosen[0]]
+
+
+def settings(config: BertConfig, outputs: int | None) -> dict[str, Any]:
+    """The `config.json` of transformers, without the name of a class.
+
+    Raises:
+      ConfigError: transformers has no such pooling.
+    """
+    del outputs
+    if config.pool != "pooler":
+        raise ConfigError(
+            f"transformers' BERT pools by its pooler alone, this model by {config.pool!r}: load it with pool='pooler'"
+        )
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "pool"}
+    return {"model_type": "bert", **fields}

@@ -1,0 +1,78 @@
+"""What a model of jtl's is called in transformers: its class, and its tensors."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from jtl.errors import ConfigError
+from jtl.models import registry
+from jtl.models.family import KeyLayout
+from jtl.weights import convert
+from jtl.weights.convert import Layout
+
+
+def task_of(model: Any) -> str | None:
+    """The task whose head a model has, by the end of its class's name in transformers; None without a head.
+
+    Raises:
+      ConfigError: transformers has no class of the family with such a head.
+    """
+    family = registry.of_model(model)
+    if model.head is None:
+        return None
+    tasks = family.layouts[0].tasks
+    for name, task in tasks.items():
+        if like(task.head(model.config, getattr(model.head, "outputs", 0)), model.head):
+            return name
+    known = ", ".join(f"{family.classes}{name}" for name in tasks)
+    raise ConfigError(
+        f"transformers has no {family.classes or family.name} with the head {type(model.head).__name__}; "
+        f"it has {known}: use format='jtl', or the head of one of these"
+    )
+
+
+def like(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two heads compute the same, of the same parameters: all but dropout and initial values."""
+    of = [{k: v for k, v in head_settings(head).items() if k not in ("dropout", "scale")} for head in (one, other)]
+    return type(one) is type(other) and of[0] == of[1]
+
+
+def head_settings(head: nn.Module) -> dict[str, Any]:
+    """The fields of a head."""
+    return {f.name: getattr(head, f.name) for f in dataclasses.fields(head) if f.name not in ("parent", "name")}
+
+
+def layout_of(model: Any) -> KeyLayout:
+    """The layout of transformers, with the rules of the head that a model has.
+
+    Raises:
+      ConfigError: as `task_of`.
+    """
+    layout = registry.of_model(model).layouts[0]
+    return layout.of_task(task_of(model)) if layout.tasks else layout
+
+
+def naming(model: Any) -> Callable[[str], tuple[str, Layout]]:
+    """A function from a leaf's path to the name of its tensor in the file of transformers' class, and its axes.
+
+    Raises:
+      ConfigError: transformers has no such model.
+    """
+    family, layout, config = registry.of_model(model), layout_of(model), model.config
+    if family.settings is None:
+        raise ConfigError(f"transformers has no model of the family {family.name}: use format='jtl'")
+    keys = layout.keys(config)
+    backbone = family.backbone
+    if backbone is None:
+        backbone = f"{family.settings(config, getattr(model.head, 'outputs', None))['model_type']}."
+
+    def locate(path: str) -> tuple[str, Layout]:
+        source, axes = convert.locate(path, keys)
+        if path.startswith("head/"):
+            return source, axes
+        source = source.removeprefix(backbone)
+        return source if model.head is None else backbone + source, axes
+
+    return locate
