@@ -77,8 +77,9 @@ def _as_transformers(
     located = naming(model)
     outputs = getattr(model.head, "outputs", None)
     settings = family.settings(config, outputs)  # pyright: ignore[reportOptionalCall]: naming has refused its absence
-    if family.classes:
-        settings["architectures"] = [family.classes + (task_of(model) or "Model")]
+    prefix = family.prefix(settings.get("model_type"))
+    if prefix:
+        settings["architectures"] = [prefix + (task_of(model) or "Model")]
     if outputs is not None and type(model.head) is not heads.Span:
         names = list(classes) or [f"LABEL_{k}" for k in range(outputs)]
         if len(names) != outputs:

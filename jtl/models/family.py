@@ -139,7 +139,10 @@ class Family(NamedTuple):
       settings: `(config, outputs)` to the `config.json` of transformers; None where that has no such model.
       settle: `(config, names)` to the configuration of a checkpoint whose tensors have these names, where its
         settings leave something open.
-      classes: what the names of transformers' classes begin with, such as "Bert", where there are tasks.
+      classes: what the names of transformers' classes begin with, such as "Bert", where there are tasks; by the model
+        type where several share the family.
+      needs: fields of the configuration by the end of the name of a class, "Model" without a head, with the values
+        with which alone that class computes the same.
       backbone: what the names of the tensors begin with in classes with a head; by default the model type.
       variants: configurations by the names of timm.
       licence: of the usual checkpoints.
@@ -158,10 +161,15 @@ class Family(NamedTuple):
     adapt: Callable[[Any, str, np.ndarray, tuple[int, ...]], np.ndarray] = lambda config, path, array, shape: array
     settings: Callable[[Any, int | None], dict[str, Any]] | None = None
     settle: Callable[[Any, Iterable[str]], Any] = lambda config, names: config
-    classes: str = ""
+    classes: str | Mapping[str, str] = ""
+    needs: Mapping[str, Mapping[str, Sequence[Any]]] = MappingProxyType({})
     backbone: str | None = None
     variants: Mapping[str, Any] = MappingProxyType({})
     licence: str = ""
+
+    def prefix(self, model_type: Any) -> str:
+        """What the names of transformers' classes begin with for a model type; empty where there are none."""
+        return self.classes if isinstance(self.classes, str) else self.classes.get(str(model_type), "")
 
 
 def check_overrides(config: type, overrides: Mapping[str, Any]) -> None:

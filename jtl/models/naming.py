@@ -22,13 +22,13 @@ def task_of(model: Any) -> str | None:
     family = registry.of_model(model)
     if model.head is None:
         return None
-    tasks = family.layouts[0].tasks
+    tasks, prefix = family.layouts[0].tasks, family.prefix(getattr(model.config, "model_type", None))
     for name, task in tasks.items():
         if like(task.head(model.config, getattr(model.head, "outputs", 0)), model.head):
             return name
-    known = ", ".join(f"{family.classes}{name}" for name in tasks)
+    known = ", ".join(f"{prefix}{name}" for name in tasks)
     raise ConfigError(
-        f"transformers has no {family.classes or family.name} with the head {type(model.head).__name__}; "
+        f"transformers has no {prefix or family.name} with the head {type(model.head).__name__}; "
         f"it has {known}: use format='jtl', or the head of one of these"
     )
 
@@ -54,6 +54,18 @@ def layout_of(model: Any) -> KeyLayout:
     return layout.of_task(task_of(model)) if layout.tasks else layout
 
 
+def _check_needs(model: Any) -> None:
+    family = registry.of_model(model)
+    task = (task_of(model) or "Model") if family.needs else ""
+    prefix = family.prefix(getattr(model.config, "model_type", None))
+    for name, values in family.needs.get(task, {}).items():
+        if getattr(model.config, name) not in values:
+            raise ConfigError(
+                f"transformers' {prefix}{task} has only {name}={values[0]!r}, this model {name}="
+                f"{getattr(model.config, name)!r}: use format='jtl', or load it with {name}={values[0]!r}"
+            )
+
+
 def naming(model: Any) -> Callable[[str], tuple[str, Layout]]:
     """A function from a leaf's path to the name of its tensor in the file of transformers' class, and its axes.
 
@@ -63,6 +75,7 @@ def naming(model: Any) -> Callable[[str], tuple[str, Layout]]:
     family, layout, config = registry.of_model(model), layout_of(model), model.config
     if family.settings is None:
         raise ConfigError(f"transformers has no model of the family {family.name}: use format='jtl'")
+    _check_needs(model)
     keys = layout.keys(config)
     backbone = family.backbone
     if backbone is None:

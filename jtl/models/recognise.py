@@ -180,7 +180,8 @@ def _head(
         outputs = _outputs("head/kernel", config, layout, tensors, settings)
         return None if outputs is None else family.head(config, outputs), layout
     architecture = str(next(iter(settings.get("architectures") or ()), ""))
-    name = next((name for name in layout.tasks if architecture == family.classes + name), None)
+    prefix = family.prefix(settings.get("model_type"))
+    name = next((name for name in layout.tasks if architecture == prefix + name), None)
     if name is None:  # a backbone, or the heads of pretraining, which several tasks share
         return None, layout
     task, layout = layout.tasks[name], layout.of_task(name)
