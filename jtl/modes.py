@@ -138,6 +138,30 @@ def current() -> Modes | None:
     return _CURRENT.get()
 
 
+_PLACES: contextvars.ContextVar[tuple[tuple[str, ...], ...]] = contextvars.ContextVar("jtl_places", default=((),))
+
+
+@contextlib.contextmanager
+def placed(parent: nn.Module, places: tuple[tuple[str, ...], ...]) -> Iterator[None]:
+    """Say where the leaves of a module are that is applied anew inside, by itself: in a loop over equal blocks.
+
+    Args:
+      parent: the bound module that holds the blocks.
+      places: the paths of the blocks; several stand for one trace, and are trained alike.
+    """
+    modes = current()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_PLACES.reset, _PLACES.set(places))
+        if modes is not None:
+            stack.enter_context(_frame(modes, (), f"{modes.locate(parent)}/{places[0][-1]}".strip("/")))
+        yield
+
+
+def paths(module: nn.Module) -> list[str]:
+    """The paths in the whole model that a bound module stands for: several in a loop over blocks."""
+    return ["/".join((*place, *module.path)) for place in _PLACES.get()]
+
+
 @contextlib.contextmanager
 def follow(modes: Modes) -> Iterator[None]:
     """Make every linen module called inside follow the mask.

@@ -83,8 +83,8 @@ class Supervised:
           collections: the other collections, likewise.
 
         Returns:
-          `check(batch)`, which raises `DataError` for a missing entry, unequal lengths, or
-          targets out of range.
+          `check(batch)`, which raises `DataError` for a missing entry, unequal lengths, inputs that the model's own
+          `check_batch(batch)` refuses, or targets out of range.
         """
         leaves, structure = jax.tree.flatten((params, collections))
         described = tuple((np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves)
@@ -100,6 +100,9 @@ class Supervised:
                 raise DataError(f"the batch's entries have different lengths: {rows}")
             if rows[self.target] == (0,):
                 raise DataError("the batch has no example")
+            look = getattr(self.model, "check_batch", None)  # the families of texts have it
+            if look is not None:
+                look(batch)
             losses.check_targets(self.loss, shape_of(batch), batch[self.target])
 
         return check

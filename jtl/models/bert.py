@@ -13,6 +13,7 @@ References:
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -25,7 +26,9 @@ from jtl.models.attention import SelfAttention
 from jtl.models.bert_config import BertConfig, parse, settings
 from jtl.models.bert_layouts import LAYOUT
 from jtl.models.family import Family, Features
+from jtl.models.inputs import check_tokens
 from jtl.models.layers import Dense, Dropout, Mlp, call_head, layer_norm, masked_mean
+from jtl.models.stack import stack
 from jtl.models.tracing import random_init
 
 
@@ -103,13 +106,15 @@ class Encoder(nn.Module):
     config: BertConfig
     dtype: jax.typing.DTypeLike | None = None
     attention: str = "xla"
+    scan: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """`[batch, length, width]` to the same; `mask` is `[batch, length]` bool."""
-        for i in range(self.config.num_hidden_layers):
-            x = Layer(self.config, self.dtype, self.attention, name=f"layer_{i}")(x, mask, deterministic=deterministic)
-        return x
+        make = functools.partial(Layer, self.config, self.dtype, self.attention)
+        count, how = self.config.num_hidden_layers, {"scan": self.scan, "remat": self.remat}
+        return stack(self, make, count, x, mask, **how, deterministic=deterministic)
 
 
 class Bert(nn.Module):
@@ -121,12 +126,16 @@ class Bert(nn.Module):
       dtype: of the computation; by default that of the parameters.
       attention: "xla", or "cudnn" for the fused attention of a GPU: half precision, no dropout of attention.
         `model.clone(attention="cudnn", dtype=jnp.bfloat16)` switches a loaded model.
+      scan: run the blocks as a loop, which compiles several times faster; see `jtl.models.stack`.
+      remat: compute the blocks' activations again in the backward pass: less memory, more time.
     """
 
     config: BertConfig
     head: nn.Module | None = None
     dtype: jax.typing.DTypeLike | None = None
     attention: str = "xla"
+    scan: bool = False
+    remat: bool = False
     embeddings: ClassVar[type[Embeddings]] = Embeddings
 
     def __call__(
@@ -162,6 +171,11 @@ class Bert(nn.Module):
         """What the head is given; see `__call__`."""
         return self._encode(input_ids, attention_mask, token_type_ids, deterministic)[0]
 
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that the model cannot mean; see `jtl.models.inputs`."""
+        c = self.config
+        check_tokens(batch, vocabulary=c.vocab_size, longest=c.max_length, types=c.type_vocab_size or None)
+
     @nn.compact
     def _encode(
         self, input_ids: jax.Array, attention_mask: jax.Array | None, token_type_ids: jax.Array | None, inference: bool
@@ -170,7 +184,8 @@ class Bert(nn.Module):
         mask = jnp.ones_like(input_ids, bool) if attention_mask is None else attention_mask.astype(bool)
         embeddings = self.embeddings(self.config, self.dtype, name="embeddings")
         x, words = embeddings(input_ids, token_type_ids, deterministic=inference)
-        x = Encoder(self.config, self.dtype, self.attention, name="encoder")(x, mask, deterministic=inference)
+        encoder = Encoder(self.config, self.dtype, self.attention, self.scan, self.remat, name="encoder")
+        x = encoder(x, mask, deterministic=inference)
         return Features(x, self._pool(x, mask) if heads.reads(self.head) == "pooled" else None), words
 
     def _pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:

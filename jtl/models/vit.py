@@ -27,6 +27,7 @@ from jtl.errors import ConfigError
 from jtl.models.attention import IMPLEMENTATIONS, SelfAttention
 from jtl.models.family import Family, PictureFeatures
 from jtl.models.layers import Dense, Dropout, Mlp, call_head, layer_norm
+from jtl.models.stack import stack
 from jtl.models.tracing import random_init
 from jtl.models.vit_config import VARIANTS, ViTConfig, parse, settings
 from jtl.models.vit_layouts import LAYOUTS, adapt_positions, infer
@@ -109,14 +110,15 @@ class Encoder(nn.Module):
     config: ViTConfig
     dtype: jax.typing.DTypeLike | None = None
     attention: str = "xla"
+    scan: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """`[batch, tokens, width]` to the same."""
-        for i in range(self.config.num_hidden_layers):
-            layer = Layer(self.config, self.dtype, self.attention, name=f"layer_{i}")
-            x = layer(x, deterministic=deterministic)
-        return x
+        make = functools.partial(Layer, self.config, self.dtype, self.attention)
+        count, how = self.config.num_hidden_layers, {"scan": self.scan, "remat": self.remat}
+        return stack(self, make, count, x, **how, deterministic=deterministic)
 
 
 class ViT(nn.Module):
@@ -128,12 +130,16 @@ class ViT(nn.Module):
       dtype: of the computation; by default that of the parameters.
       attention: "xla", or "cudnn" for the fused attention of a GPU: half precision, no dropout of attention.
         `model.clone(attention="cudnn", dtype=jnp.bfloat16)` switches a loaded model.
+      scan: run the blocks as a loop, which compiles several times faster; see `jtl.models.stack`.
+      remat: compute the blocks' activations again in the backward pass: less memory, more time.
     """
 
     config: ViTConfig
     head: nn.Module | None = None
     dtype: jax.typing.DTypeLike | None = None
     attention: str = "xla"
+    scan: bool = False
+    remat: bool = False
 
     def __call__(self, images: jax.Array, *, deterministic: bool = True) -> Any:
         """Pictures to what the head makes of them.
@@ -154,7 +160,8 @@ class ViT(nn.Module):
         c = self.config
         self._check(images)
         x = Embeddings(c, self.dtype, name="embeddings")(images, deterministic=deterministic)
-        x = Encoder(c, self.dtype, self.attention, name="encoder")(x, deterministic=deterministic)
+        encoder = Encoder(c, self.dtype, self.attention, self.scan, self.remat, name="encoder")
+        x = encoder(x, deterministic=deterministic)
         norm = layer_norm(c.layer_norm_eps, self.dtype, "norm")
         x = x if c.norm_after_pool else norm(x)
         spatial = x[:, c.prefix :].reshape(len(x), *c.grid, c.hidden_size)

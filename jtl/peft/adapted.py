@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jtl import quantized as stored
 from jtl.errors import ConfigError
 from jtl.models.layers import Dense
+from jtl.modes import paths
 from jtl.peft import kernels
 from jtl.peft.adapter import Adapter, Call, Layer, detach, joined, parts
 from jtl.peft.quantization import QuantizedModel
 from jtl.peft.reopening import reopening
-from jtl.typing import Variables
+from jtl.typing import Batch, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Adapted:
     def __call__(self) -> Callable[..., Any]:
         """The model's own, so that its mode arguments are found by their names."""
         return self.model.__call__
+
+    def check_batch(self, batch: Batch) -> None:
+        """The model's own check of a batch, if it has one."""
+        look = getattr(self.model, "check_batch", None)
+        if look is not None:
+            look(batch)
 
     def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
         """Call the model with variables that the adapter's leaves are among; as `apply` of linen."""
@@ -89,17 +96,17 @@ def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callab
         if not part:
             return next_fun(*args, **kwargs)
         leaves = module.scope.variables()["params"]
-        path = "/".join(module.path)
+        places = paths(module)
         product = _product(module)
         alone = context.method_name == "__call__" and set(part) == {"kernel"} and len(args) == 1 and not kwargs
         if change is None or product is None or not alone:
             if context.method_name != "setup":
-                spoilt.add(path)
+                spoilt.update(places)
             return next_fun(*args, **kwargs)
-        served.add(path)
+        served.update(places)
         key = module.make_rng("dropout") if adapter.needs_call and module.has_rng("dropout") else None
         params = {name: stored.plain(value) for name, value in leaves.items() if name != adapter.name}
-        return change(Layer(next_fun, args[0], product, params, path), part, key)
+        return change(Layer(next_fun, args[0], product, params, places), part, key)
 
     return intercept
 
@@ -113,7 +120,7 @@ def _around(name: str, change: Callable[[Call, Any], Any], served: set[str]) -> 
             for owner, child in ((module, ""), (module.parent, module.name)):
                 part = _part(owner, name)
                 if part:
-                    served.add("/".join(owner.path))
+                    served.update(paths(owner))
                     return change(Call(next_fun, args, kwargs, child), part)
         return next_fun(*args, **kwargs)
 

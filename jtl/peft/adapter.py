@@ -14,7 +14,7 @@ So one mask still decides everything: `select("**/lora", "head")` trains adapter
 groups adapts the last layers alone, `nn.scan` stacks the leaves as it stacks kernels, and a checkpoint has their paths.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,14 +33,14 @@ class Layer(NamedTuple):
       inputs: what it is called with.
       product: `(inputs, kernel) -> outputs` without a bias, for any kernel whose first axes are the layer's inputs.
       params: its leaves, `kernel` and perhaps `bias`, in the dtype that it computes in.
-      path: of the layer, without the root.
+      paths: of the layer, without the root; several where a loop runs equal blocks as one.
     """
 
     apply: Callable[[Any], Any]
     inputs: Any
     product: Callable[[Any, Any], Any]
     params: Mapping[str, Any]
-    path: str
+    paths: Sequence[str]
 
 
 class Call(NamedTuple):

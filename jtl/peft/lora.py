@@ -198,8 +198,9 @@ def _spread(outputs: jax.Array, shape: Shape) -> jax.Array:
 def _call(settings: _Settings, layer: Layer, part: PyTree, key: Key | None) -> jax.Array:
     (name,) = part
     outputs, thin = layer.apply(layer.inputs), part[name]
-    path = f"{layer.path}/{name}"
-    scale = _scale(settings, path, thin["a"].shape[-1])
+    scale, *others = {_scale(settings, f"{path}/{name}", thin["a"].shape[-1]) for path in layer.paths}
+    if others:
+        raise ConfigError(f"{layer.paths} run as one loop, and have several alphas: set scan=False")
     inputs = _dropped(jnp.asarray(layer.inputs), settings.dropout, key)
     dtype = outputs.dtype
     # The inner product has the rank as its last axis.
