@@ -35,7 +35,10 @@ WAYS = (
 
 
 class Task(NamedTuple):
-    """A model with its pretrained variables, groups of depth, targets of LoRA, and a rate for each way."""
+    """A model with its pretrained variables, groups of depth, targets of LoRA, and a rate for each way.
+
+    `random` are the variables from which ways start whose names end with ", random"; their rates are of the same names.
+    """
 
     model: Any
     variables: Mapping[str, Any]
@@ -44,6 +47,7 @@ class Task(NamedTuple):
     rates: Mapping[str, float]
     width: int
     classes: int
+    random: Mapping[str, Any] | None = None
 
 
 class Data(NamedTuple):
@@ -54,12 +58,12 @@ class Data(NamedTuple):
     validation: tuple[Batches, Batches]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(counts: Sequence[int] = COUNTS, names: Sequence[str] = WAYS) -> argparse.ArgumentParser:
     """The command line of an experiment."""
     line = argparse.ArgumentParser()
     line.add_argument("--seeds", type=int, default=5)
-    line.add_argument("--counts", type=int, nargs="+", default=COUNTS)
-    line.add_argument("--ways", nargs="+", default=WAYS)
+    line.add_argument("--counts", type=int, nargs="+", default=counts)
+    line.add_argument("--ways", nargs="+", default=names)
     line.add_argument("--tune", action="store_true", help="thirds and threes of each rate, on seeds of their own")
     return line
 
@@ -104,6 +108,8 @@ def _arm(task: Task, way: str, steps_per_epoch: int, tune: bool) -> Arm:
     strategy = jtl.Strategy(way, _strategy(task, way, steps).phases)
     loss_fn = _loss(task.model if adapter is None else peft.adapted(task.model, adapter))
     epochs, factors = -(-steps // steps_per_epoch), (0.3, 1.0, 3.0) if tune else (1.0,)
+    if way.endswith(", random"):
+        task = task._replace(variables=task.random or {})
     return Arm(strategy, loss_fn, functools.partial(_start, task, adapter), epochs, factors)
 
 
@@ -122,6 +128,7 @@ def _strategy(task: Task, way: str, steps: int) -> jtl.Strategy:
             _optimizer(task.rates["probe"], third), _optimizer(task.rates[way], steps - third), steps=third
         ),
         "full": lambda: strategies.full(tx),
+        "full, random": lambda: strategies.full(tx),
         "LP-FT, norms frozen": lambda: strategies.lp_ft(
             _optimizer(task.rates["probe"], third),
             _optimizer(task.rates["LP-FT"], steps - third),
