@@ -40,7 +40,8 @@ def batches(
 
     - each array column `[B, ...]`, each ragged column int32 `[B, L]`, L a bucket's length;
     - `attention_mask` int32 `[B, L]`, 1 on tokens, where there is a ragged column;
-    - `label` int32 `[B]`, where there are labels;
+    - `label` int32 `[B]`, where there are labels; targets of another kind are a column of this name, such as a tag
+      for each token, ragged like the tokens, numbers `[N, ...]`, or begin and end of a span `[N, 2]`;
     - `weight` float32 `[B]`: 1, or 0 on the rows that only fill up the last batch (copies of a real row).
 
     With a seed, each epoch has its own order of rows and of batches, a function of seed and epoch alone.
@@ -51,7 +52,7 @@ def batches(
 
     Args:
       columns: inputs by name: arrays `[N, ...]`, or `Ragged` of N rows with the same lengths.
-      labels: integers `[N]`.
+      labels: integers `[N]`, one class of each row.
       batch_size: rows of a batch, in this process.
       seed: of the order; None for no shuffling.
       epochs: passes over the data.
@@ -227,7 +228,7 @@ def _check_columns(columns: Mapping[str, Any], labels: np.ndarray | None) -> int
     if not columns:
         raise errors.DataError("there are no columns; expected at least one input")
     for name, column in columns.items():
-        if name in _MADE:
+        if name in _MADE and not (name == "label" and labels is None):
             raise errors.ConfigError(f"a column is named {name!r}, which the batch makes itself; rename it")
         if isinstance(column, np.ndarray) and (not column.ndim or column.dtype.hasobject):
             raise errors.DataError(
@@ -308,7 +309,8 @@ def _digest(columns: Mapping[str, Any], labels: np.ndarray | None) -> str:
         digest.update(f"{name}:{'ragged' if ragged else f'{column.dtype}{column.shape}'};".encode())
         sample = (column.offsets, column.values) if ragged else (column[:: len(column) // 128 + 1],)
         for array in sample:
-            digest.update(array.tobytes())
+            # Tokens may be mapped from a file, and more than fit into memory.
+            digest.update(np.ascontiguousarray(array).data if ragged else array.tobytes())
     if labels is not None:
         digest.update(labels.astype("<i4").tobytes())
     return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ import numpy as np
 
 from jtl import errors
 
-_CHUNK = 4096
+CHUNK = 4096
 """Texts encoded at a time: a tokenizer's own objects take some hundred bytes a token, the arrays four."""
 
 
@@ -54,7 +54,7 @@ def ragged(rows: Iterable[Sequence[int]], pad: int = 0) -> Ragged:
     >>> ragged([[7, 8], [9]]).offsets
     array([0, 2, 3])
     """
-    return _join([list(rows)], pad)
+    return joined([list(rows)], pad)
 
 
 def tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -83,7 +83,7 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
         # transformers indexes into these files as it finds them, so a malformed one may raise any of these.
         reason = f"{type(error).__name__}: {error}"
         raise errors.ConfigError(f"{path}: transformers cannot load a tokenizer from this folder: {reason}") from error
-    return _fast(loaded)
+    return fast(loaded)
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, pairs: Sequence[str] | None = None) -> Encoded:
@@ -97,24 +97,61 @@ def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, pairs: Sequ
 
     Raises:
       ConfigError: the tokenizer is not a fast one, or `max_length` leaves no room beside the special tokens.
-      DataError: no texts, something that is not a string, or `pairs` of another length.
+      DataError: no texts, something that is not a string, a text without a token, or `pairs` of another length.
     """
-    _fast(tokenizer)
-    special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
-    if max_length <= special:
-        raise errors.ConfigError(f"max_length={max_length}: expected above {special}, the number of special tokens")
-    _check_texts(texts, pairs)
+    check_room(tokenizer, max_length, pair=pairs is not None)
+    check_texts(texts, pairs)
     ids, types, truncated = [], [], 0
-    for start in range(0, len(texts), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(texts), CHUNK):
+        part = slice(start, start + CHUNK)
         second = None if pairs is None else list(pairs[part])
         batch = tokenizer(list(texts[part]), second, truncation=True, max_length=max_length, padding=False)
+        check_tokens("text", start, texts, batch.encodings)
         ids.append(batch["input_ids"])
         types.append(batch.get("token_type_ids"))
         truncated += sum(bool(encoding.overflowing) for encoding in batch.encodings)
-    pad = tokenizer.pad_token_id
-    typed = None if types[0] is None else _join(types, 0)
-    return Encoded(_join(ids, 0 if pad is None else pad), typed, truncated)
+    typed = None if types[0] is None else joined(types, 0)
+    return Encoded(joined(ids, padding(tokenizer)), typed, truncated)
+
+
+def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:
+    """Refuse a tokenizer that is not a fast one, or a length that its special tokens fill.
+
+    Args:
+      tokenizer: of Hugging Face.
+      max_length: the most tokens of a row.
+      pair: whether a row holds two texts.
+
+    Raises:
+      ConfigError: says which.
+    """
+    special = fast(tokenizer).num_special_tokens_to_add(pair=pair)
+    if max_length <= special:
+        raise errors.ConfigError(f"max_length={max_length}: expected above {special}, the number of special tokens")
+
+
+def check_tokens(what: str, start: int, texts: Sequence[Any], encodings: Sequence[Any]) -> None:
+    """Refuse a row without any token of its text: it would train on its special tokens alone.
+
+    Args:
+      what: a row is called.
+      start: the number of the first of these rows.
+      texts: all rows.
+      encodings: of these rows.
+
+    Raises:
+      DataError: names the row.
+    """
+    for row, encoding in enumerate(encodings, start):
+        if all(encoding.special_tokens_mask):
+            raise errors.DataError(
+                f"{what} {row} is {texts[row]!r:.60}, of which the tokenizer makes no token; leave it out"
+            )
+
+
+def padding(tokenizer: Any) -> int:
+    """The id that fills rows up: the tokenizer's own, or 0 where it has none."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def buckets(lengths: np.ndarray, *, max_length: int, max_buckets: int = 4) -> tuple[int, ...]:
@@ -179,14 +216,20 @@ def _fewest_padded(sizes: list[int], below: np.ndarray, most: int) -> tuple[int,
     return best[-1][2]
 
 
-def _join(chunks: Sequence[Sequence[Sequence[int]]], pad: int) -> Ragged:
+def joined(chunks: Sequence[Sequence[Sequence[int]]], pad: int) -> Ragged:
+    """Rows that come in chunks, laid end to end; see `ragged`."""
     lengths = [len(row) for chunk in chunks for row in chunk]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     parts = [np.fromiter((token for row in chunk for token in row), np.int32) for chunk in chunks]
     return Ragged(np.concatenate(parts), offsets, pad)
 
 
-def _fast(tokenizer: Any) -> Any:
+def fast(tokenizer: Any) -> Any:
+    """The tokenizer, if it is a fast one.
+
+    Raises:
+      ConfigError: it has no form in Rust.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise errors.ConfigError(
             f"the tokenizer {type(tokenizer).__name__} has no fast (Rust) form; expected one with tokenizer.json"
@@ -217,7 +260,12 @@ def _refuse_remote_code(config: Path) -> None:
         )
 
 
-def _check_texts(texts: Sequence[Any], pairs: Sequence[Any] | None) -> None:
+def check_texts(texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> None:
+    """Refuse texts that no tokenizer takes.
+
+    Raises:
+      DataError: there are none, something is not a string, or `pairs` are not as many.
+    """
     if not len(texts):
         raise errors.DataError("there are no texts to encode; expected at least one")
     if pairs is not None and len(pairs) != len(texts):

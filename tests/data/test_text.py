@@ -67,7 +67,7 @@ def test_pairs_are_encoded_together(tokenizer):
 
 
 def test_many_texts_are_encoded_in_order(tokenizer, monkeypatch):
-    monkeypatch.setattr(text, "_CHUNK", 3)
+    monkeypatch.setattr(text, "CHUNK", 3)
     texts = ["a " * (i % 5 + 1) for i in range(11)]
     encoded = text.encode(tokenizer, texts, max_length=6)
     assert encoded.input_ids.lengths.tolist() == [min(i % 5 + 3, 6) for i in range(11)]
@@ -81,6 +81,9 @@ def test_many_texts_are_encoded_in_order(tokenizer, monkeypatch):
         (["a", None], None, 8, errors.DataError, r"texts\[1\] is None"),
         (["a"], [3], 8, errors.DataError, r"pairs\[0\] is 3"),
         (["a"], ["b", "c"], 8, errors.DataError, "2 second texts for 1"),
+        (["a", "b", ""], None, 8, errors.DataError, "text 2 is '', of which the tokenizer makes no token"),
+        ([" \n"], None, 8, errors.DataError, r"text 0 is ' \\n', of which"),
+        (["a", ""], ["b", ""], 8, errors.DataError, "text 1 is ''"),
         (["a"], None, 2, errors.ConfigError, "max_length=2: expected above 2"),
         (["a"], ["b"], 3, errors.ConfigError, "max_length=3: expected above 3"),
     ],
