@@ -23,11 +23,11 @@ from jtl.weights.folders import check_new, new_folder
 METRIC = "balanced accuracy"
 
 _FACTORS: dict[StrategyName, tuple[float, ...]] = {
-    "feature-extraction": (0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 10.0),
+    "feature-extraction": (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0),
     "last-blocks": (0.3, 1.0, 3.0),
-    "lora": (1.0, 3.0),
 }
-"""Multiples of the usual learning rate: many where runs cost nothing, the usual one alone where they cost most."""
+"""Multiples of the usual learning rate: many where runs cost nothing, the usual one alone where they cost most. LoRA
+and full fine-tuning, which change what every block computes, share nothing but compilation."""
 
 _PROBE_EPOCHS = 5
 """Times as many epochs for a head alone: linear probing is meant to converge."""

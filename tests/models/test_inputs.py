@@ -50,7 +50,7 @@ def test_a_step_never_sees_it(fault, tmp_path):
         for _ in jtl.fit(
             loss_fn,
             optax.sgd(0.1),
-            *jtl.init(variables, optax.sgd(0.1), trainable="head", key=jax.random.key(1)),
+            *jtl.init(variables, optax.sgd(0.1), trainable=jtl.select("head"), key=jax.random.key(1)),
             [batch(**changes)],
         ):
             pass

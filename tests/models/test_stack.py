@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import jtl
 from jtl import peft, tree
@@ -31,6 +32,7 @@ MASKS = {
     "biases": jtl.masks.biases(),
     "all": jtl.everything(),
 }
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # to compile, not to run
 
 
 def batch():
@@ -45,11 +47,12 @@ def built():
     return model, jax.jit(model.init)(jax.random.key(7), jnp.zeros((1, 2), jnp.int32))
 
 
-def grads(model, variables, mask, *, key=None):
+def grads(model, variables, mask):
     """Of the trained leaves, through the step's own partition and modes; one step of SGD with a rate of 1."""
     tx, loss_fn = optax.sgd(1.0), jtl.supervised(model, jtl.losses.cross_entropy)
     state, frozen = jtl.init(variables, tx, trainable=mask, key=jax.random.key(1))
-    after, metrics = jax.jit(jtl.train_step(loss_fn, tx))(state, frozen, batch())
+    step = jax.jit(jtl.train_step(loss_fn, tx), compiler_options=QUICK)
+    after, metrics = step(state, frozen, batch())
     return metrics["loss"], jax.tree.map(jnp.subtract, state.params, after.params)
 
 
@@ -60,12 +63,16 @@ def still(model):
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("how", HOW)
+@functools.cache
+def written_out(mask):
+    model, variables = built()
+    return grads(still(model), variables, MASKS[mask])
+
+
+@pytest.mark.parametrize(("how", "mask"), [*(("scan", mask) for mask in MASKS), ("remat", "last two"), ("both", "all")])
 def test_loss_and_gradients_are_those_of_blocks_written_out(how, mask):
     model, variables = built()
-    model = still(model)
-    (loss, plain), (same, found) = (grads(m, variables, MASKS[mask]) for m in (model, model.clone(**HOW[how])))
+    (loss, plain), (same, found) = written_out(mask), grads(still(model).clone(**HOW[how]), variables, MASKS[mask])
     np.testing.assert_allclose(same, loss, rtol=1e-6)
     for (path, a), b in zip(tree.leaves_with_paths(found), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=path)
@@ -85,7 +92,7 @@ def _drawn(jaxpr, times):
         if eqn.primitive.name == "random_bits":
             count += times
         inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-        count += sum(_drawn(sub, inner) for sub in jax.core.jaxprs_in_params(eqn.params))
+        count += sum(_drawn(sub, inner) for sub in jaxprs_in_params(eqn.params))
     return count
 
 
@@ -115,7 +122,7 @@ def test_blocks_of_a_loop_drop_other_values():
 
 
 def products(jaxpr):
-    inner = sum(products(sub) for eqn in jaxpr.eqns for sub in jax.core.jaxprs_in_params(eqn.params))
+    inner = sum(products(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
     return inner + sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
 
 
@@ -168,8 +175,9 @@ def test_a_loop_is_split_where_the_mask_says(mask):
     cut = jtl.split(loss_fn, state, frozen, batch())
     written = jtl.supervised(still(built()[0]), jtl.losses.cross_entropy)
     work = jtl.split(written, state, frozen, batch()).report
-    assert cut.report.prefix_flops == pytest.approx(work.prefix_flops, rel=0.01)
-    assert cut.report.suffix_flops == pytest.approx(work.suffix_flops, rel=0.01)
+    # In blocks as small as these, stacking the leaves counts for more than 1%.
+    assert work.prefix_flops <= cut.report.prefix_flops <= 1.02 * work.prefix_flops
+    assert work.suffix_flops <= cut.report.suffix_flops <= 1.02 * work.suffix_flops
     cache = jtl.cache.build(cut.prefix, state, frozen, [batch()])
     (cached,) = cache.batches(batch_size=4, epochs=1, key=jax.random.key(0))
     after, metrics = jax.jit(jtl.train_step(cut.suffix, tx))(state, frozen, cached)
