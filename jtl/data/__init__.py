@@ -1,11 +1,13 @@
 """Data: labelled examples, where they come from, and the input pipeline.
 
 `examples` holds labelled examples and splits them, `checks` compares the parts; `sources` and `folders` read
-files, `tfds` reads TensorFlow Datasets; `text` encodes; `pictures` decodes, `preprocess` makes of a picture
-what a model takes; `batches` makes batches. Importing this package imports numpy alone:
-Pillow, transformers, grain and tensorflow-datasets are imported by the functions that need them.
+files, `tfds` reads TensorFlow Datasets; `text` encodes texts, `tagging` words with tags, and `answers` questions with
+their contexts; `pictures` decodes, `preprocess` makes of a picture what a model takes; `batches` makes batches.
+Importing this package imports numpy alone: Pillow, transformers, pyarrow, grain and tensorflow-datasets are imported
+by the functions that need them.
 """
 
+from jtl.data import answers, tagging
 from jtl.data.checks import Report, compare, duplicates
 from jtl.data.examples import Examples, Skipped, check, per_class, split, subset, take
 from jtl.data.pictures import load_image
@@ -22,6 +24,7 @@ __all__ = [
     "Ragged",
     "Report",
     "Skipped",
+    "answers",
     "buckets",
     "check",
     "compare",
@@ -36,6 +39,7 @@ __all__ = [
     "read",
     "split",
     "subset",
+    "tagging",
     "take",
     "tokenizer",
 ]
