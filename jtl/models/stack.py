@@ -2,7 +2,8 @@
 
 The tree of parameters stays the same in all three, `layer_0`, `layer_1` ..., so masks, depth groups, adapters and
 checkpoints name single blocks whatever runs them. A loop stacks the leaves of its blocks as it starts, which
-copies them once a step; a compiled program is then as large as that of one block.
+copies them once a step; a compiled program is then as large as that of one block. The first block of a loop that is
+trained is differentiated by its input too, for the others are.
 """
 
 from collections.abc import Callable, Iterator, Sequence

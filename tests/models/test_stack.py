@@ -166,8 +166,8 @@ def test_alphas_that_differ_within_a_loop_are_refused():
         peft.adapted(model.clone(scan=True), adapter).apply(attached, batch()["input_ids"])
 
 
-@pytest.mark.parametrize("mask", ["head", "last two"])
-def test_a_loop_is_split_where_the_mask_says(mask):
+@pytest.mark.parametrize(("mask", "blocks"), [("head", 4), ("last two", 2)])
+def test_a_loop_is_split_where_the_mask_says(mask, blocks):
     model, variables = built()
     model = still(model).clone(scan=True)
     tx, loss_fn = optax.sgd(1.0), jtl.supervised(model, jtl.losses.cross_entropy)
@@ -177,7 +177,9 @@ def test_a_loop_is_split_where_the_mask_says(mask):
     work = jtl.split(written, state, frozen, batch()).report
     # In blocks as small as these, stacking the leaves counts for more than 1%.
     assert work.prefix_flops <= cut.report.prefix_flops <= 1.02 * work.prefix_flops
-    assert work.suffix_flops <= cut.report.suffix_flops <= 1.02 * work.suffix_flops
+    # The first block of a trained loop is differentiated by its input too, as those after it.
+    block = work.prefix_flops / blocks if blocks < 4 else 0
+    assert work.suffix_flops <= cut.report.suffix_flops <= 1.02 * work.suffix_flops + block
     cache = jtl.cache.build(cut.prefix, state, frozen, [batch()])
     (cached,) = cache.batches(batch_size=4, epochs=1, key=jax.random.key(0))
     after, metrics = jax.jit(jtl.train_step(cut.suffix, tx))(state, frozen, cached)

@@ -28,10 +28,10 @@ def test_a_sweep_writes_a_table_its_runs_and_a_picture(model, tmp_path, capsys):
         model, tmp_path, "--strategies", "feature-extraction", "last-blocks", "--depths", 1, "--seeds", 2, "--out", out
     )
     printed = capsys.readouterr().out
-    for word in ("feature extraction", "last 1 of 2 blocks", "sweet spot: ", "22 runs", f"saved to {out}"):
+    for word in ("feature extraction", "last 1 of 2 blocks", "sweet spot: ", "30 runs", f"saved to {out}"):
         assert word in printed
     written = json.loads((out / "sweep.json").read_text())
-    assert len(written["trials"]) == 2 * (8 + 3)
+    assert len(written["trials"]) == 2 * (12 + 3)
     head, last = written["rows"]
     assert (head["trained"], last["trained"]) == (2 * 12 + 2, 2 * 12 + 2 + _block(12, 20))
     assert written["spot"]["arm"] in (head["arm"], last["arm"])
