@@ -1,13 +1,14 @@
 """Data: labelled examples, where they come from, and the input pipeline.
 
 `examples` holds labelled examples and splits them, `checks` compares the parts; `sources` and `folders` read
-files, `tfds` reads TensorFlow Datasets; `text` encodes texts, `tagging` words with tags, and `answers` questions with
-their contexts; `pictures` decodes, `preprocess` makes of a picture what a model takes; `batches` makes batches.
+files, `tfds` reads TensorFlow Datasets, `corpus` texts of any number; `text` encodes texts, `windows` long ones,
+`tagging` words with tags, `answers` questions with their contexts, and `packing` puts several texts into a row;
+`pictures` decodes, `preprocess` makes of a picture what a model takes; `batches` makes batches.
 Importing this package imports numpy alone: Pillow, transformers, pyarrow, grain and tensorflow-datasets are imported
 by the functions that need them.
 """
 
-from jtl.data import answers, tagging
+from jtl.data import answers, corpus, packing, tagging, windows
 from jtl.data.checks import Report, compare, duplicates
 from jtl.data.examples import Examples, Skipped, check, per_class, split, subset, take
 from jtl.data.pictures import load_image
@@ -28,9 +29,11 @@ __all__ = [
     "buckets",
     "check",
     "compare",
+    "corpus",
     "duplicates",
     "encode",
     "load_image",
+    "packing",
     "per_class",
     "picture_batches",
     "picture_transform",
@@ -42,4 +45,5 @@ __all__ = [
     "tagging",
     "take",
     "tokenizer",
+    "windows",
 ]

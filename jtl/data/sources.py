@@ -1,4 +1,4 @@
-"""Labelled examples from a CSV, TSV or JSONL file, or from a folder with one sub-folder a class."""
+"""Labelled examples from a CSV, TSV, JSONL or Parquet file, or from a folder with one sub-folder a class."""
 
 import os
 import re
@@ -24,8 +24,8 @@ def read(
 ) -> Examples:
     """Read labelled examples, refusing whatever is malformed by file and row.
 
-    A file is `.csv`, `.tsv` or `.jsonl`, plain or with `.gz` or `.bz2`; a folder, or a `.zip` of one, is read by
-    `jtl.data.folders.read`. Labels are strings or integers, and lose surrounding blanks. Class names are
+    A file is `.csv`, `.tsv` or `.jsonl`, plain or with `.gz` or `.bz2`, or `.parquet`; a folder, or a `.zip` of one, is
+    read by `jtl.data.folders.read`. Labels are strings or integers, and lose surrounding blanks. Class names are
     sorted, by value when all are integers, unless `classes` declares them.
 
     Args:
@@ -76,18 +76,12 @@ def _check_row(
     def problem(fields: dict[str, Any]) -> str:
         keys = (label,) if group is None else (label, group)
         return (
-            _text_problem(text, fields[text])
+            tables.text_problem(text, fields[text])
             or next((found for key in keys if (found := _key_problem(key, fields[key]))), "")
             or _class_problem(_key(fields[label]), classes)
         )
 
     return problem
-
-
-def _text_problem(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        return f"{name!r} is {value!r} ({type(value).__name__}); expected a string"
-    return tables.encoding_problem(value) or ("" if value.strip() else f"{name!r} is empty; expected text")
 
 
 def _key_problem(name: str, value: Any) -> str:

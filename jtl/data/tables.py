@@ -1,7 +1,9 @@
-"""Rows of CSV, TSV and JSONL files, each with the line number that an editor shows for it."""
+"""Rows of CSV, TSV, JSONL, Parquet and text files, one after another, each with its line number as an editor shows it.
+
+No file is read whole: a row is gone from memory when the next one is asked for.
+"""
 
 import bz2
-import codecs
 import contextlib
 import csv
 import difflib
@@ -9,7 +11,8 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,29 +34,33 @@ class Row(NamedTuple):
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a `.csv`, `.tsv` or `.jsonl` file, plain or compressed with gzip or bzip2.
+    """The rows of a `.csv`, `.tsv`, `.jsonl` or `.txt` file, plain or with `.gz` or `.bz2`, or of a `.parquet` file.
 
-    A tab-separated file is read like a comma-separated one: a field may be quoted, a quote inside is doubled.
-    Blank lines are passed over.
+    A tab-separated file is read like a comma-separated one: a field may be quoted, a quote inside is doubled. Of a
+    text file, each line is a row with one column, whatever that is called. Blank lines are passed over.
 
     Args:
       path: the file.
       columns: the columns that a header must have.
 
     Raises:
-      ConfigError: the file's ending is none of these.
-      DataError: the file is empty, its header lacks a column or has one twice, or a quote is never closed.
+      ConfigError: the file's ending is none of these, or several columns are wanted of a text file.
+      DataError: the file is empty or cannot be read, its header lacks a column or has one twice, or a quote is never
+        closed; when the row is reached.
+      MissingExtraError: for Parquet, pyarrow is not installed.
     """
-    reader = _READERS.get(_kind(path))
-    if reader is None:
+    found = kind(path)
+    if found not in KINDS:
         raise errors.ConfigError(
-            f"{path}: files of this kind are not read; expected "
-            f"{', '.join(_READERS)} (also .gz and .bz2 of these), or a folder"
+            f"{path}: files of this kind are not read; expected {', '.join(KINDS)} "
+            "(also .gz and .bz2 of these, but for .parquet), or a folder"
         )
-    text = _text(path)
-    if not text.strip():
-        raise errors.DataError(f"{path}: the file is empty; expected rows with {', '.join(columns)}")
-    return reader(path, text, columns)
+    if found == ".txt" and len(columns) > 1:
+        raise errors.ConfigError(
+            f"{path}: a line of a text file is one text, and has no {columns[1]!r}; give a table, or a folder with a "
+            "sub-folder of .txt files for each class"
+        )
+    return KINDS[found](path, columns)
 
 
 def encoding_problem(text: str) -> str:
@@ -75,6 +82,13 @@ def encoding_problem(text: str) -> str:
     return f"an unpaired surrogate \\u{code:04x}, which is no character"
 
 
+def text_problem(name: str, value: Any) -> str:
+    """What keeps a field from being a text to learn from, or ""."""
+    if not isinstance(value, str):
+        return f"{name!r} is {value!r} ({type(value).__name__}); expected a string"
+    return encoding_problem(value) or ("" if value.strip() else f"{name!r} is empty; expected text")
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """A hint that names the most similar of `known`, or "" when none is similar.
 
@@ -87,23 +101,45 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+_PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are in memory at a time."""
 
-def _kind(path: Path) -> str:
+
+def kind(path: Path) -> str:
+    """The end of a file's name that says what it is, before `.gz` or `.bz2`, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in (".gz", ".bz2"):
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
-def _text(path: Path) -> str:
+@contextlib.contextmanager
+def opened(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    """A text file, plain or compressed, without its byte order mark.
+
+    Bytes that are not UTF-8 stay in the rows they are in, as `surrogateescape` puts them, so that a row can be
+    named, or skipped.
+
+    Args:
+      path: the file.
+      newline: as `open` has it.
+
+    Raises:
+      DataError: it cannot be read.
+    """
     opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
     try:
-        with opener(path, "rb") as file:
-            raw = file.read()
-    except (OSError, EOFError) as error:
+        with (
+            opener(path, "rb") as raw,
+            io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline=newline) as file,
+        ):
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
         raise errors.DataError(f"{path}: cannot be read: {error}") from error
-    # Undecodable bytes stay in the rows they are in, so that the row can be named, or skipped.
-    return raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+
+
+def _empty(path: Path, columns: Sequence[str]) -> errors.DataError:
+    return errors.DataError(f"{path}: the file is empty; expected rows with {', '.join(columns)}")
 
 
 @contextlib.contextmanager
@@ -116,27 +152,31 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _delimited(delimiter: str) -> Callable[[Path, str, Sequence[str]], Iterator[Row]]:
-    def read(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
-        with _long_fields():
-            records = list(_records(path, text, delimiter))
-        number, header, problem = records[0]
-        if problem:
-            raise errors.DataError(f"{path}, row {number} (the header): {problem}")
-        _check_header(path, header, columns)
-        return (_row(record, header) for record in records[1:])
+def _delimited(delimiter: str) -> Callable[[Path, Sequence[str]], Iterator[Row]]:
+    def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+        # newline="" leaves line ends inside quotes as they are and still counts lines as an editor does.
+        with opened(path, newline="") as file:
+            records = _records(path, file, delimiter)
+            number, header, problem = next(records, (0, [], ""))
+            if problem:
+                raise errors.DataError(f"{path}, row {number} (the header): {problem}")
+            if not "".join(header).strip():
+                raise _empty(path, columns)
+            _check_header(path, header, columns)
+            for record in records:
+                yield _row(record, header)
 
     return read
 
 
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
+def _records(path: Path, file: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str], str]]:
     """Yield `(line, fields, problem)` of each record that is not blank."""
-    # newline="" leaves line ends inside quotes as they are and still counts lines as an editor does.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
-            fields, problem = next(reader), ""
+            with _long_fields():
+                fields, problem = next(reader), ""
         except StopIteration:
             return
         except csv.Error as error:
@@ -170,10 +210,47 @@ def _row(record: tuple[int, list[str], str], header: list[str]) -> Row:
     return Row(number, {} if problem else dict(zip(header, values, strict=True)), problem)
 
 
-def _json_lines(path: Path, text: str, columns: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with opened(path, newline="\n") as file:
+        for number, line in _not_blank(path, file, columns):
             yield _json_row(number, line, columns)
+
+
+def _text_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    with opened(path, newline=None) as file:
+        for number, line in _not_blank(path, file, columns):
+            problem = encoding_problem(line)
+            yield Row(number, {} if problem else {columns[0]: line.removesuffix("\n")}, problem)
+
+
+def _not_blank(path: Path, lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int, str]]:
+    found = False
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found = True
+            yield number, line
+    if not found:
+        raise _empty(path, columns)
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise errors.missing_extra("pyarrow", "data") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_header(path, list(file.schema_arrow.names), columns)
+            if not file.metadata.num_rows:
+                raise _empty(path, columns)
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Row(number, fields)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise errors.DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _json_row(number: int, line: str, columns: Sequence[str]) -> Row:
@@ -207,4 +284,11 @@ def _json_type(value: Any) -> str:
     )
 
 
-_READERS = {".csv": _delimited(","), ".tsv": _delimited("\t"), ".jsonl": _json_lines}
+KINDS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".txt": _text_lines,
+}
+"""Readers of the kinds of files, by the ends of their names."""

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +68,37 @@ def load(
     groups = None if group is None else np.array(_strings(name, group, (row[group] for row in rows)))
     labels, classes = _labels(builder.info.features[label], [int(row[label]) for row in rows])
     return check(Examples({column: inputs}, labels, classes, groups, f"{name}:{split}"))
+
+
+class Texts(NamedTuple):
+    """The texts of a split, read one after another.
+
+    Attributes:
+      rows: iterates over them.
+      files: what they are read from.
+    """
+
+    rows: Iterable[str]
+    files: tuple[Path, ...]
+
+
+def texts(name: str, split: str, *, text: str = "text", data_dir: str | os.PathLike[str] | None = None) -> Texts:
+    """The texts of a split of a prepared TFDS data set, which stay on disk until they are asked for.
+
+    Args:
+      name: as in `load`.
+      split: as in `load`.
+      text: the feature of texts.
+      data_dir: as in `load`.
+
+    Raises:
+      JtlError: as `load` does.
+    """
+    builder = _builder(name, data_dir)
+    _check_features(name, builder.info.features, [text])
+    source = _source(builder, name, split, data_dir)
+    files = tuple(Path(path) for path in builder.info.splits[split].filepaths)
+    return Texts((_string(name, text, row, value[text]) for row, value in enumerate(source)), files)
 
 
 def _tfds() -> Any:
@@ -163,16 +194,15 @@ def _unprepared(name: str, data_dir: str | os.PathLike[str] | None) -> errors.So
 
 
 def _strings(name: str, feature: str, values: Iterable[Any]) -> list[str]:
-    """Texts as TFDS stores them, bytes of UTF-8, as strings."""
-    strings = []
-    for row, value in enumerate(values):
-        try:
-            strings.append(value.decode() if isinstance(value, bytes) else str(value))
-        except UnicodeDecodeError as error:
-            raise errors.DataError(
-                f"{name}: {feature!r} of example {row} is not UTF-8: {error}; expected text"
-            ) from error
-    return strings
+    return [_string(name, feature, row, value) for row, value in enumerate(values)]
+
+
+def _string(name: str, feature: str, row: int, value: Any) -> str:
+    """A text as TFDS stores it, bytes of UTF-8, as a string."""
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise errors.DataError(f"{name}: {feature!r} of example {row} is not UTF-8: {error}; expected text") from error
 
 
 def _labels(feature: Any, values: list[int]) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -4,12 +4,14 @@ import gzip
 import io
 import json
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jtl import errors
+from jtl.data import tables
 from jtl.data.sources import read
 
 GOOD = "text,label\ngood film,pos\nbad film,neg\n"
@@ -49,6 +51,68 @@ def test_every_format_reads_the_same(tmp_path, name, content):
     assert examples.labels.tolist() == [1, 0]
     assert examples.labels.dtype == "int32"
     assert (examples.groups, examples.skipped, examples.name) == (None, (), name)
+
+
+def parquet(folder, name="a.parquet", **columns):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / name)
+    return folder / name
+
+
+def test_parquet_reads_as_the_others(tmp_path):
+    path = parquet(tmp_path, text=["good film", "bad film"], label=["pos", "neg"], film=[7, 8], other=[[1], [2]])
+    examples = read(path, group="film")
+    assert examples.columns == {"text": ["good film", "bad film"]}
+    assert (examples.classes, examples.labels.tolist()) == (("neg", "pos"), [1, 0])
+    assert examples.groups.tolist() == ["7", "8"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["a", None], "label": ["x", "y"]}, "row 2: 'text' is None"),
+        ({"text": ["a", " "], "label": ["x", "y"]}, "row 2: 'text' is empty"),
+        ({"text": ["a", "b"], "label": ["x", None]}, "row 2: 'label' is None"),
+        ({"text": ["a", "b"], "label": [1.5, 2.5]}, "row 1: 'label' is 1.5"),
+        ({"text": [b"a", b"b"], "label": [1, 2]}, "row 1: 'text' is b'a' .bytes."),
+        ({"text": ["a"], "lable": ["x"]}, "no column 'label'; .*did you mean 'lable'"),
+        ({"text": [], "label": []}, "the file is empty"),
+    ],
+)
+def test_a_bad_parquet_file_is_named(tmp_path, columns, message):
+    with pytest.raises(errors.DataError, match=message):
+        read(parquet(tmp_path, **columns))
+
+
+def test_rows_of_parquet_are_numbered_across_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("jtl.data.tables._PARQUET_ROWS", 2)
+    path = parquet(tmp_path, text=["a", "b", "c", ""], label=[1, 2, 1, 2])
+    assert [skipped.row for skipped in read(path, skip_bad=True).skipped] == [4]
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    whole = parquet(tmp_path, text=["a"] * 99, label=[1, 2, 3] * 33).read_bytes()
+    for content in (b"", b"text", whole[:-9], whole[:40] + b"\xff" * 60 + whole[100:]):
+        with pytest.raises(errors.DataError, match=r"b.parquet: cannot be read"):
+            read(write(tmp_path, "b.parquet", content))
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    path = parquet(tmp_path, text=["a", "b"], label=[1, 2])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(errors.MissingExtraError, match=r"jtl\[data\]"):
+        read(path)
+
+
+def test_rows_are_read_as_they_are_needed(tmp_path):
+    """Of a file that is damaged further on, the first rows can be had."""
+    content = gzip.compress(b"text,label\n" + b"".join(b"text %d,%d\n" % (i, i) for i in range(200_000)))
+    path = write(tmp_path, "a.csv.gz", content[: len(content) // 2])
+    rows = tables.rows(path, ["text", "label"])
+    assert next(rows).fields == {"text": "text 0", "label": "0"}
+    with pytest.raises(errors.DataError, match="cannot be read"):
+        list(rows)
 
 
 def test_columns_may_have_other_names_and_groups(tmp_path):
@@ -196,8 +260,10 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path):
-    with pytest.raises(errors.ConfigError, match=r"expected .csv, .tsv, .jsonl"):
-        read(write(tmp_path, "a.parquet", "x"))
+    with pytest.raises(errors.ConfigError, match=r"expected .csv, .tsv, .jsonl, .parquet"):
+        read(write(tmp_path, "a.xlsx", "x"))
+    with pytest.raises(errors.ConfigError, match="one text, and has no 'label'"):
+        read(write(tmp_path, "a.txt", "good film\n"))
     with pytest.raises(errors.ConfigError, match="a name is there twice"):
         read(write(tmp_path, "a.csv", GOOD), classes=["pos", "pos"])
     with pytest.raises(errors.ConfigError, match="no column 'film'"):
