@@ -7,6 +7,7 @@ Each adapted tensor `<module>.weight` of the model in transformers has two thin 
     base_model.model.<module>.lora_embedding_A         [r, entries]
     base_model.model.<module>.lora_embedding_B         [width, r]
     base_model.model.<module>.lora_magnitude_vector    [out], of DoRA
+    base_model.model.<module>.ia3_l                    [out, 1] or, of a layer whose inputs are scaled, [1, in]
     base_model.model.<module>.weight                   of a module that was trained whole
 """
 
@@ -27,6 +28,7 @@ from jtl.models import registry
 from jtl.models.family import read_json
 from jtl.models.naming import layout_of, naming
 from jtl.peft.adapter import Adapter, detach, joined
+from jtl.peft.ia3 import ia3
 from jtl.peft.lora import dora, lora, scale_of
 from jtl.typing import Variables
 from jtl.weights import convert, safetensors
@@ -41,11 +43,14 @@ _PARTS = {
     "lora_embedding_B": "b",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
+    "ia3_l": "factors",
 }
+_SUFFIX = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_SUFFIX |= {"outputs": "ia3_l", "inputs": "ia3_l"}
 
 _REFUSED = {
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
+    "fan_in_fan_out": (False, True, None),  # of a layer that stores `[in, out]`, whose thin tensors are as others'
     "megatron_config": (None,),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
@@ -89,14 +94,15 @@ def load(folder: str | Path, model: Any, variables: Variables) -> tuple[Adapter,
         if part is None:
             whole[path] = tensor
         else:
+            part = _scaled(settings, module) if part == "factors" else part
             parts[path][part], names[path] = tensor, module
-    wanted = {"a", "b", "magnitude"} if settings.get("use_dora") else {"a", "b"}
     for path, part in parts.items():
+        wanted = _wanted(settings, names[path])
         if set(part) != wanted:
             raise WeightsError(
                 f"{folder / TENSORS}: {path} has {sorted(part)} of an adapter; expected {sorted(wanted)}"
             )
-    adapter = _adapter(settings, {path: part["a"].shape[0] for path, part in parts.items()}, names)
+    adapter = _adapter(settings, parts, names)
     params = _replaced(variables["params"], whole, places, folder)
     delta = _delta(adapter, params, parts, folder)
     return adapter, {**variables, "params": joined(params, delta)}
@@ -110,7 +116,7 @@ def save(
     Args:
       folder: must not exist, or be empty.
       model: of jtl's families that transformers has.
-      adapter: LoRA or DoRA.
+      adapter: LoRA, DoRA or IA3.
       variables: with its leaves.
       base: the name or path of the base model, for PEFT to find it.
       whole: modules that were trained whole, such as `("head",)`, by their paths.
@@ -118,14 +124,23 @@ def save(
     Raises:
       ConfigError: the folder is not empty, the adapter is of another kind, or a path names no module.
     """
-    if adapter.name not in ("lora", "dora"):
-        raise ConfigError(f"PEFT's format is written for LoRA and DoRA, not for {adapter.name}")
+    if adapter.name not in ("lora", "dora", "ia3"):
+        raise ConfigError(f"PEFT's format is written for LoRA, DoRA and IA3, not for {adapter.name}")
     folder = Path(folder)
     check_new(folder)
     plain, delta = detach(adapter, variables)
     tensors, adapted = _written(model, adapter, plain["params"], delta)
     kept = _whole(model, plain["params"], whole)
-    settings = _settings(adapter, adapted, sorted({name.rpartition(".")[0] for name in kept}), base)
+    make = _ia3_settings if adapter.name == "ia3" else _lora_settings
+    settings = {
+        "task_type": None,
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "target_modules": sorted(adapted),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in kept}) or None,
+        "fan_in_fan_out": _stored_turned(model, delta),
+        **make(adapter, adapted),
+    }
     with new_folder(folder) as unfinished:
         named = {PREFIX + name: value for name, value in {**tensors, **kept}.items()}
         safetensors.write_tensors(unfinished / TENSORS, named, metadata={"format": "pt"})
@@ -133,8 +148,8 @@ def save(
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:
-    if settings.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder} holds an adapter of the type {settings.get('peft_type')!r}; LORA is read")
+    if settings.get("peft_type") not in ("LORA", "IA3"):
+        raise ConfigError(f"{folder} holds an adapter of the type {settings.get('peft_type')!r}; LORA and IA3 are read")
     for name, allowed in _REFUSED.items():
         if settings.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"{folder / CONFIG} sets {name}={settings[name]!r}, which jtl does not have")
@@ -166,7 +181,28 @@ def _place(name: str, places: Mapping[str, tuple[str, Any]], folder: Path) -> tu
     return places[source][0], None if suffix is None else _PARTS[suffix], module
 
 
-def _adapter(settings: Mapping[str, Any], ranks: Mapping[str, int], names: Mapping[str, str]) -> Adapter:
+def _scaled(settings: Mapping[str, Any], module: str) -> str:
+    """Whether factors are of a layer's inputs or outputs."""
+    given = settings.get("feedforward_modules") or ()
+    if isinstance(given, str):
+        return "inputs" if re.fullmatch(given, module) else "outputs"
+    return "inputs" if any(f".{module}".endswith(f".{name}") for name in given) else "outputs"
+
+
+def _wanted(settings: Mapping[str, Any], module: str) -> set[str]:
+    """The parts that the adapter of a module has."""
+    if settings["peft_type"] == "IA3":
+        return {_scaled(settings, module)}
+    return {"a", "b", "magnitude"} if settings.get("use_dora") else {"a", "b"}
+
+
+def _adapter(
+    settings: Mapping[str, Any], parts: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[str, str]
+) -> Adapter:
+    if settings["peft_type"] == "IA3":
+        inputs = sorted(path for path, part in parts.items() if "inputs" in part)
+        return ia3(sorted(set(parts) - set(inputs)), inputs=inputs)
+    ranks = {path: part["a"].shape[0] for path, part in parts.items()}
     make = dora if settings.get("use_dora") else lora
     alphas = {path: _alpha(settings, names[path]) for path in ranks}
     return make(
@@ -215,7 +251,7 @@ def _delta(adapter: Adapter, params: Any, parts: Mapping[str, Any], folder: Path
 
 
 def _read(value: np.ndarray, name: str) -> np.ndarray:
-    if name == "magnitude":
+    if name in ("magnitude", "inputs", "outputs"):
         return value.reshape(-1)
     if value.ndim == 4 and name == "b":
         value = value[:, :, 0, 0]
@@ -225,15 +261,15 @@ def _read(value: np.ndarray, name: str) -> np.ndarray:
 def _write(value: np.ndarray, name: str, kernel: Any) -> np.ndarray:
     if name == "magnitude":
         return value.reshape(1, -1, 1, 1) if kernel.ndim == 4 else value
+    if name in ("inputs", "outputs"):
+        return value.reshape(1, -1, 1, 1) if kernel.ndim == 4 else np.expand_dims(value, 1 if name == "outputs" else 0)
     if kernel.ndim != 4:
         return value.T
     return np.transpose(value, (3, 2, 0, 1)) if name == "a" else value.T[:, :, None, None]
 
 
-def _written(
-    model: Any, adapter: Adapter, params: Any, delta: Any
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, float]]]:
-    """The thin tensors by name, and rank and alpha of each module."""
+def _written(model: Any, adapter: Adapter, params: Any, delta: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The adapter's tensors by name, and of each module its rank and scale, or whether inputs or outputs are scaled."""
     kernels, located = dict(jtree.leaves_with_paths(params)), _naming(model)
     tensors, adapted = {}, {}
     for path, leaf in jtree.leaves_with_paths(delta):
@@ -241,12 +277,14 @@ def _written(
         target = "/".join([*module, kernel])
         base = located(target)[0].removesuffix(".weight")
         embedding = kernel == "embedding"
-        suffix = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}[name]
+        suffix = _SUFFIX[name]
         if embedding and name != "magnitude":
             suffix = f"lora_embedding_{name.upper()}"
         tensors[f"{base}.{suffix}"] = _write(np.asarray(leaf), name, kernels[target])
         if name == "a":
             adapted[base] = leaf.shape[-1], scale_of(adapter, target, leaf.shape[-1])
+        elif adapter.name == "ia3":
+            adapted[base] = name
     return tensors, adapted
 
 
@@ -273,10 +311,23 @@ def _whole(model: Any, params: Any, modules: Sequence[str]) -> dict[str, np.ndar
     return found
 
 
-def _settings(
-    adapter: Adapter, adapted: Mapping[str, tuple[int, float]], whole: Sequence[str], base: str
-) -> dict[str, Any]:
-    """PEFT's configuration. A scale is written as its alpha, so rank stabilisation is already in it."""
+def _stored_turned(model: Any, delta: Any) -> bool:
+    """Whether the adapted layers store `[in, out]` in transformers, as GPT-2's do."""
+    located = _naming(model)
+    owners = {tuple(path.split("/")) for path in jtree.paths(delta)}
+    kernels = {"/".join([*owner[:-3], owner[-2]]) for owner in owners if owner[-2] == "kernel"}
+    return bool(kernels) and all(located(path)[1] is convert.KEEP for path in kernels)
+
+
+def _ia3_settings(adapter: Adapter, adapted: Mapping[str, str]) -> dict[str, Any]:
+    """What PEFT's configuration of IA3 has of its own."""
+    del adapter
+    inputs = sorted(name for name, scaled in adapted.items() if scaled == "inputs")
+    return {"peft_type": "IA3", "feedforward_modules": inputs, "init_ia3_weights": True}
+
+
+def _lora_settings(adapter: Adapter, adapted: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """What PEFT's of LoRA has. A scale is written as its alpha, so rank stabilisation is already in it."""
     alphas = {name: scale * rank for name, (rank, scale) in adapted.items()}
     (rank, _), (alpha, _) = (
         collections.Counter(values).most_common(1)[0]
@@ -284,19 +335,13 @@ def _settings(
     )
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base or None,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {re.escape(name): r for name, (r, _) in adapted.items() if r != rank},
         "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
-        "target_modules": sorted(adapted),
-        "modules_to_save": list(whole) or None,
         "lora_dropout": adapter.settings.dropout,
         "use_rslora": False,
         "use_dora": adapter.name == "dora",
         "bias": "none",
-        "fan_in_fan_out": False,
         "init_lora_weights": True,
     }

@@ -36,12 +36,22 @@ VIT = {
 }
 
 
+ROBERTA = {**BERT, "pad_token_id": 1}
+GPT2 = {"vocab_size": 23, "n_embd": 12, "n_layer": 2, "n_head": 3, "n_inner": 20, "n_positions": 16}
+T5 = {"vocab_size": 23, "d_model": 12, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 3}
+MODELS = {
+    "bert": ("BertForSequenceClassification", "BertConfig", {**BERT, "num_labels": 3}),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**VIT, "num_labels": 3}),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**ROBERTA, "num_labels": 3}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "initializer_range": 0.4, "bos_token_id": 0, "eos_token_id": 0}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", {**T5, "initializer_factor": 1.0, "decoder_start_token_id": 0}),
+}
+
+
 def base(kind, folder):
     torch.manual_seed(0)
-    if kind == "bert":
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=3))
-    else:
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, num_labels=3))
+    model, config, settings = MODELS[kind]
+    model = getattr(transformers, model)(getattr(transformers, config)(**settings))
     model.save_pretrained(folder)
     return model.eval()
 
@@ -51,7 +61,9 @@ def inputs(kind):
     if kind == "vit":
         return {"images": rng.normal(size=(3, 16, 16, 3)).astype(np.float32)}
     mask = np.arange(7) < np.array([[7], [5], [2]])
-    return {"input_ids": rng.integers(1, 23, (3, 7)).astype(np.int32), "attention_mask": mask.astype(np.int32)}
+    ids = np.where(mask, rng.integers(2, 23, (3, 7)), 1)
+    given = {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
+    return {**given, "decoder_input_ids": rng.integers(2, 23, (3, 4)).astype(np.int32)} if kind == "t5" else given
 
 
 def theirs(model, kind):
@@ -59,7 +71,13 @@ def theirs(model, kind):
     with torch.no_grad():
         if kind == "vit":
             return model(pixel_values=torch.from_numpy(given["images"]).permute(0, 3, 1, 2)).logits.numpy()
-        return model(**{name: torch.from_numpy(value).long() for name, value in given.items()}).logits.numpy()
+        logits = model(**{name: torch.from_numpy(value).long() for name, value in given.items()}).logits.numpy()
+    return seen(kind, logits)
+
+
+def seen(kind, logits):
+    """Without those of padding, which are a convention."""
+    return logits * inputs(kind)["attention_mask"][..., None] if kind == "gpt2" else logits
 
 
 def learnt(model):
@@ -68,7 +86,7 @@ def learnt(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                near = 1.0 if "magnitude" in name else 0.0
+                near = 1.0 if "magnitude" in name or "ia3" in name else 0.0
                 parameter.copy_(near * parameter + 0.2 * torch.randn_like(parameter))
     return model.eval()
 
@@ -86,6 +104,12 @@ CASES = {
     "whole head": {"target_modules": {"bert": ["key"], "vit": ["key", "k_proj"]}, "modules_to_save": ["classifier"]},
     "dropout": {"target_modules": {"bert": ["query"], "vit": ["query", "q_proj"]}, "lora_dropout": 0.3},
 }
+OTHERS = {
+    "roberta": {"lora": ["query", "dense"], "ia3": ["key", "value", "output.dense"], "inputs": ["output.dense"]},
+    "gpt2": {"lora": ["c_attn", "c_fc"], "ia3": ["c_attn", "mlp.c_proj"], "inputs": ["mlp.c_proj"]},
+    "t5": {"lora": ["q", "v", "wi"], "ia3": ["k", "v", "wo"], "inputs": ["wo"]},
+    "bert": {"ia3": ["key", "value", "output.dense"], "inputs": ["output.dense"]},
+}
 
 
 def settings(kind, case):
@@ -97,13 +121,33 @@ def settings(kind, case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_an_adapter_of_peft_gives_the_same_outputs_here_and_back_again(kind, case, tmp_path):
-    model = learnt(hf_peft.get_peft_model(base(kind, tmp_path / "base"), settings(kind, case)))
+    whole = ("head",) if case == "whole head" else ()
+    both_ways(kind, settings(kind, case), tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [(kind, case) for kind in OTHERS for case in OTHERS[kind] if case != "inputs"]
+)
+def test_so_does_one_of_another_family(kind, case, tmp_path):
+    chosen, turned = OTHERS[kind], {"fan_in_fan_out": kind == "gpt2"}
+    if case == "ia3":
+        both_ways(
+            kind,
+            hf_peft.IA3Config(target_modules=chosen[case], feedforward_modules=chosen["inputs"], **turned),
+            tmp_path,
+        )
+    else:
+        both_ways(kind, hf_peft.LoraConfig(r=3, lora_alpha=5, target_modules=chosen[case], **turned), tmp_path)
+
+
+def both_ways(kind, config, tmp_path, whole=()):
+    model = learnt(hf_peft.get_peft_model(base(kind, tmp_path / "base"), config))
     model.save_pretrained(tmp_path / "adapter")
     expected = theirs(model, kind)
     ours, variables = jtl.load(tmp_path / "base")
     adapter, attached = peft.load(tmp_path / "adapter", ours, variables)
     found, merged, plain = (
-        jax.jit(model.apply)(tree, **inputs(kind))
+        seen(kind, jax.jit(model.apply)(tree, **inputs(kind)))
         for model, tree in (
             (peft.adapted(ours, adapter), attached),
             (ours, peft.merge(adapter, attached)),
@@ -114,7 +158,6 @@ def test_an_adapter_of_peft_gives_the_same_outputs_here_and_back_again(kind, cas
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-5)
 
-    whole = ("head",) if case == "whole head" else ()
     peft.save(tmp_path / "written", ours, adapter, attached, base=str(tmp_path / "base"), whole=whole)
     back = hf_peft.PeftModel.from_pretrained(base(kind, tmp_path / "again"), tmp_path / "written").eval()
     np.testing.assert_allclose(theirs(back, kind), expected, rtol=1e-5, atol=1e-5)
