@@ -77,7 +77,7 @@ def theirs(model, kind):
 
 def seen(kind, logits):
     """Without those of padding, which are a convention."""
-    return logits * inputs(kind)["attention_mask"][..., None] if kind == "gpt2" else logits
+    return np.asarray(logits) * inputs(kind)["attention_mask"][..., None] if kind == "gpt2" else logits
 
 
 def learnt(model):
