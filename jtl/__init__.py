@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jtl.comparing import Arm as Arm
     from jtl.comparing import Comparison as Comparison
     from jtl.comparing import compare as compare
+    from jtl.compiling import keep_compiled as keep_compiled
     from jtl.export import save as save
     from jtl.interop import from_function as from_function
     from jtl.interop import from_nnx as from_nnx
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from jtl.objective import supervised as supervised
     from jtl.overfitting import overfit_warning as overfit_warning
     from jtl.overfitting import watch_overfit as watch_overfit
+    from jtl.pairs import contrastive as contrastive
     from jtl.precision import mixed_precision as mixed_precision
     from jtl.pretrained import load as load
     from jtl.rates import RangeTest as RangeTest
@@ -124,6 +126,7 @@ _NAMES = {
     "TrainState": "state",
     "change": "state",
     "combine": "tree",
+    "contrastive": "pairs",
     "early_stopping": "stopping",
     "eval_step": "step",
     "evaluate": "loop",
@@ -134,6 +137,7 @@ _NAMES = {
     "from_function": "interop",
     "from_nnx": "interop",
     "init": "state",
+    "keep_compiled": "compiling",
     "label": "rules",
     "load": "pretrained",
     "mixed_precision": "precision",

@@ -1,8 +1,4 @@
-"""Metrics that add up: each accumulator is a named tuple of sums, so merging two is adding them.
-
-A metric is a function `(outputs, targets, weight) -> accumulator`; `weight` is `[batch]`, 0 for
-the filler rows of a padded batch.
-"""
+"""Accumulators: the weighted mean, how plain scalars become one, adding up, and what comes of the sums."""
 
 import functools
 import math
@@ -31,24 +27,6 @@ class Mean(NamedTuple):
         return self.total / self.weight
 
 
-class Recalls(NamedTuple):
-    """Hits and totals of every class, for balanced accuracy.
-
-    Attributes:
-      hits: `[num_classes]`, weight of the examples given their own class.
-      totals: `[num_classes]`, weight of the examples of each class.
-    """
-
-    hits: jax.Array
-    totals: jax.Array
-
-    def compute(self) -> jax.Array:
-        """The mean recall over the classes that occur, NaN if none does."""
-        seen = self.totals > 0
-        recalls = jnp.where(seen, self.hits / jnp.where(seen, self.totals, 1), 0)
-        return jnp.sum(recalls) / jnp.sum(seen, dtype=recalls.dtype)
-
-
 def mean(values: jax.Array, weight: jax.Array) -> Mean:
     """The mean of per-example values.
 
@@ -57,36 +35,6 @@ def mean(values: jax.Array, weight: jax.Array) -> Mean:
       weight: `[batch]`.
     """
     return Mean(jnp.sum(values * weight), jnp.sum(weight))
-
-
-def accuracy(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> Mean:
-    """The share of examples whose largest logit is their label.
-
-    Args:
-      logits: `[batch, num_classes]`.
-      labels: `[batch]`, integers.
-      weight: `[batch]`.
-
-    >>> accuracy(jnp.array([[0.0, 1], [1, 0]]), jnp.array([1, 1]), jnp.ones(2)).compute().item()
-    0.5
-    """
-    return mean((jnp.argmax(logits, axis=-1) == labels).astype(weight.dtype), weight)
-
-
-def balanced_accuracy(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> Recalls:
-    """The mean of the recalls of all classes: chance is `1 / num_classes`, whatever their shares.
-
-    Args:
-      logits: `[batch, num_classes]`.
-      labels: `[batch]`, integers.
-      weight: `[batch]`.
-
-    References:
-      Brodersen et al, The balanced accuracy and its posterior distribution, ICPR 2010.
-    """
-    members = jax.nn.one_hot(labels, logits.shape[-1], dtype=weight.dtype) * jnp.expand_dims(weight, 1)
-    hits = (jnp.argmax(logits, axis=-1) == labels).astype(weight.dtype)
-    return Recalls(jnp.sum(members * jnp.expand_dims(hits, 1), axis=0), jnp.sum(members, axis=0))
 
 
 def _is_accumulator(node: Any) -> bool:
