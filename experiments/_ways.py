@@ -108,9 +108,8 @@ def _arm(task: Task, way: str, steps_per_epoch: int, tune: bool) -> Arm:
     strategy = jtl.Strategy(way, _strategy(task, way, steps).phases)
     loss_fn = _loss(task.model if adapter is None else peft.adapted(task.model, adapter))
     epochs, factors = -(-steps // steps_per_epoch), (0.3, 1.0, 3.0) if tune else (1.0,)
-    if way.endswith(", random"):
-        task = task._replace(variables=task.random or {})
-    return Arm(strategy, loss_fn, functools.partial(_start, task, adapter), epochs, factors)
+    start = functools.partial(_start, task, way.endswith(", random"), adapter)
+    return Arm(strategy, loss_fn, start, epochs, factors)
 
 
 def _strategy(task: Task, way: str, steps: int) -> jtl.Strategy:
@@ -152,7 +151,8 @@ def _loss(model: Any) -> Any:
     return jtl.supervised(model, jtl.losses.cross_entropy, metrics={METRIC: jtl.metrics.balanced_accuracy})
 
 
-def _start(task: Task, adapter: Any, key: jax.Array) -> dict[str, Any]:
+def _start(task: Task, fresh: bool, adapter: Any, key: jax.Array) -> dict[str, Any]:
+    given = task.random or {} if fresh else task.variables
     head = {"kernel": 0.02 * jax.random.normal(key, (task.width, task.classes)), "bias": jnp.zeros(task.classes)}
-    variables = {**task.variables, "params": {**task.variables["params"], "head": head}}
+    variables = {**given, "params": {**given["params"], "head": head}}
     return variables if adapter is None else peft.attach(adapter, variables, key=key)
