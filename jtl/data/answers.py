@@ -19,7 +19,7 @@ class Windows(NamedTuple):
 
     Attributes:
       input_ids: the tokens of each window, special ones included, padding not.
-      token_type_ids: as `text.Encoded` has them, or None.
+      token_type_ids: 0 for the question and 1 for the context, or as the tokenizer tells them apart; or None.
       span: int32 `[W, 2]`, the positions of the answer's first and last token; both 0, the position of the token
         [CLS], where the window does not hold the whole answer. None where no answers were given.
       example: int64 `[W]`, which question a window is of.
@@ -52,6 +52,7 @@ def windows(
     *,
     max_length: int,
     stride: int,
+    types: bool | None = None,
 ) -> Windows:
     """Encode N questions with their contexts, each context as so many overlapping windows as it needs.
 
@@ -63,6 +64,8 @@ def windows(
         does not answer. None instead of all of them where they are not known.
       max_length: the most tokens of a window, question and special ones included.
       stride: how many tokens of the context a window has in common with the one before it.
+      types: whether to tell question and context apart by `token_type_ids`, which models of BERT's kind need and
+        others do not take; by default where the tokenizer says that its model does.
 
     Raises:
       ConfigError: the tokenizer is not a fast one, or `max_length` leaves no room beside the special tokens.
@@ -74,9 +77,10 @@ def windows(
     """
     text.check_room(tokenizer, max_length, pair=True)
     text.check_texts(questions, contexts)
+    types = "token_type_ids" in tokenizer.model_input_names if types is None else types
     places = None if answers is None else _places(contexts, answers)
     _check_questions(tokenizer, questions, max_length, stride)
-    ids, types, characters, spans, owners, unreached = [], [], [], [], [], 0
+    ids, of_type, characters, spans, owners, unreached = [], [], [], [], [], 0
     given = jwindows.overflowing(tokenizer, questions, contexts, max_length=max_length, stride=stride)
     for start, encodings in given:
         for row, found in enumerate(encodings, start):
@@ -89,10 +93,10 @@ def windows(
             spans += placed
             owners += [row] * len(found)
         ids.append([window.ids for found in encodings for window in found])
-        types.append([window.type_ids for found in encodings for window in found])
+        of_type.append([window.type_ids for found in encodings for window in found])
     return Windows(
         input_ids=text.joined(ids, text.padding(tokenizer)),
-        token_type_ids=text.joined(types, 0) if "token_type_ids" in tokenizer.model_input_names else None,
+        token_type_ids=text.joined(of_type, 0) if types else None,
         span=None if places is None else np.array(spans, np.int32),
         example=np.array(owners, np.int64),
         characters=np.concatenate(characters),

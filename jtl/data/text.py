@@ -38,8 +38,8 @@ class Encoded(NamedTuple):
 
     Attributes:
       input_ids: the tokens of each text, special tokens included, padding not.
-      token_type_ids: 0 for the first text of a pair and 1 for the second; None where the tokenizer has
-        no such thing.
+      token_type_ids: of pairs, 0 for the first text and 1 for the second, or as the tokenizer tells them apart; of
+        single texts None where the tokenizer has no such thing.
       truncated: how many texts were cut to `max_length`.
     """
 
@@ -105,13 +105,21 @@ def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, pairs: Sequ
     for start in range(0, len(texts), CHUNK):
         part = slice(start, start + CHUNK)
         second = None if pairs is None else list(pairs[part])
-        batch = tokenizer(list(texts[part]), second, truncation=True, max_length=max_length, padding=False)
+        typed = True if second is not None else None  # a folder's settings may have forgotten that a model needs them
+        batch = tokenizer(
+            list(texts[part]),
+            second,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_token_type_ids=typed,
+        )
         check_tokens("text", start, texts, batch.encodings)
         ids.append(batch["input_ids"])
         types.append(batch.get("token_type_ids"))
         truncated += sum(bool(encoding.overflowing) for encoding in batch.encodings)
-    typed = None if types[0] is None else joined(types, 0)
-    return Encoded(joined(ids, padding(tokenizer)), typed, truncated)
+    token_types = None if types[0] is None else joined(types, 0)
+    return Encoded(joined(ids, padding(tokenizer)), token_types, truncated)
 
 
 def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:

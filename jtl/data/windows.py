@@ -18,12 +18,10 @@ class Windows(NamedTuple):
 
     Attributes:
       input_ids: the tokens of each window, special ones included, padding not.
-      token_type_ids: as `text.Encoded` has them, or None.
       text: int64 `[W]`, which text a window is of.
     """
 
     input_ids: Ragged
-    token_type_ids: Ragged | None
     text: np.ndarray
 
 
@@ -49,14 +47,12 @@ def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, stride: int
     if not 0 <= stride < room:
         raise errors.ConfigError(f"stride={stride}: expected 0 to {room - 1}, fewer than the {room} tokens of a window")
     text.check_texts(texts)
-    ids, types, owners = [], [], []
+    ids, owners = [], []
     for start, encodings in overflowing(tokenizer, texts, None, max_length=max_length, stride=stride):
         text.check_tokens("text", start, texts, [windows[0] for windows in encodings])
         ids.append([window.ids for windows in encodings for window in windows])
-        types.append([window.type_ids for windows in encodings for window in windows])
         owners += [row for row, windows in enumerate(encodings, start) for _ in windows]
-    typed = text.joined(types, 0) if "token_type_ids" in tokenizer.model_input_names else None
-    return Windows(text.joined(ids, text.padding(tokenizer)), typed, np.array(owners, np.int64))
+    return Windows(text.joined(ids, text.padding(tokenizer)), np.array(owners, np.int64))
 
 
 def mean(outputs: np.ndarray, text: np.ndarray, count: int) -> np.ndarray:

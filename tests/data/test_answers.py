@@ -72,6 +72,8 @@ def test_without_answers_there_are_no_spans(tokenizer):
     found = answers.windows(tokenizer, ["a"], [CONTEXT], None, max_length=16, stride=0)
     assert found.span is None
     assert set(found.columns) == {"input_ids", "token_type_ids"}
+    found = answers.windows(tokenizer, ["a"], [CONTEXT], None, max_length=16, stride=0, types=False)
+    assert set(found.columns) == {"input_ids"}
 
 
 def test_spans_are_labels_of_batches(tokenizer):
