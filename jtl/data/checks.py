@@ -73,13 +73,16 @@ def compare(train: Examples, held_out: Examples, *, pixels: bool = False) -> Rep
       pixels: as in `duplicates`.
 
     Raises:
-      DataError: the classes differ, so that labels would mean two things; or as `duplicates`.
+      DataError: the classes differ, so that labels would mean two things; examples have not one class each; or as
+        `duplicates`.
     """
     if train.classes != held_out.classes:
         raise errors.DataError(
             f"{train.name} has the classes {', '.join(train.classes)}, {held_out.name} has "
             f"{', '.join(held_out.classes)}; read the second with the classes of the first"
         )
+    if train.task != "classification" or held_out.task != "classification":
+        raise errors.DataError("examples are counted by class, and these have not one each; see duplicates alone")
     names = _part_names(train, held_out)
     counts = [np.bincount(part.labels, minlength=len(train.classes)).tolist() for part in (train, held_out)]
     by_name = {name: dict(zip(train.classes, found, strict=True)) for name, found in zip(names, counts, strict=True)}
@@ -147,8 +150,17 @@ def _picture(value: Any, pixels: bool) -> bytes:
 def _duplicate(train: Examples, held_out: Examples, i: int, j: int) -> Duplicate:
     parts = ((train, i), (held_out, j))
     names = [_short(next(iter(part.columns.values()))[row], row) for part, row in parts]
-    labels = [part.classes[part.labels[row]] for part, row in parts]
+    labels = [_label(part, row) for part, row in parts]
     return Duplicate(i, j, (names[0], names[1]), (labels[0], labels[1]))
+
+
+def _label(part: Examples, row: int) -> str:
+    label = part.labels[row]
+    if part.task == "classification":
+        return part.classes[label]
+    if part.task == "regression":
+        return f"{label:g}"
+    return ", ".join(name for name, there in zip(part.classes, label, strict=True) if there)
 
 
 def _short(value: Any, row: int) -> str:

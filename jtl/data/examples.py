@@ -29,7 +29,8 @@ class Examples(NamedTuple):
 
     Attributes:
       columns: inputs by name, each a list or an array of N entries: `{"text": [...]}`.
-      labels: int32 `[N]`, indices into `classes`.
+      labels: int32 `[N]`, indices into `classes`; or, of examples with any number of labels, float32
+        `[N, len(classes)]`, each 0 or 1; or, where there are no classes, numbers to predict, float32 `[N]`.
       classes: the class names.
       groups: str `[N]`, what must not be in two parts of a split (a film, a patient); or None.
       name: what reports call this data set.
@@ -47,6 +48,13 @@ class Examples(NamedTuple):
     def size(self) -> int:
         """The number of examples, N."""
         return len(self.labels)
+
+    @property
+    def task(self) -> str:
+        """What the labels are for: "classification", "multilabel" or "regression"."""
+        if not self.classes:
+            return "regression"
+        return "multilabel" if self.labels.ndim == 2 else "classification"
 
 
 def take(examples: Examples, indices: np.ndarray) -> Examples:
@@ -76,7 +84,7 @@ def split(
 
     With groups, whole groups are dealt out: no group is in two parts, and part sizes are as close
     to the fractions as whole groups allow. Without, each part holds each class in proportion to
-    within about one example. Each part keeps the order of `examples`.
+    within about one example, where each example has one class. Each part keeps the order of `examples`.
 
     Args:
       examples: N examples.
@@ -102,7 +110,7 @@ def split(
     if by_group:
         indices = _deal_groups(examples, np.asarray(parts, float), rng)
     else:
-        order = _interleave_classes(examples.labels, rng)
+        order = _order(examples, rng)
         indices = [np.sort(chunk) for chunk in np.split(order, np.cumsum(sizes)[:-1])]
     for i, chunk in enumerate(indices):
         if not len(chunk):
@@ -137,7 +145,7 @@ def subset(examples: Examples, size: int, *, seed: int) -> Examples:
             f"{examples.name}: a subset of {size} examples was asked for; expected 1 to {examples.size}, "
             "which is all there are"
         )
-    order = _interleave_classes(examples.labels, np.random.default_rng(seed))
+    order = _order(examples, np.random.default_rng(seed))
     return take(examples, np.sort(order[:size]))
 
 
@@ -152,7 +160,7 @@ def per_class(examples: Examples, count: int, *, seed: int) -> Examples:
       seed: of the random choice.
 
     Raises:
-      ConfigError: `count` is below 1.
+      ConfigError: `count` is below 1, or examples do not have one class each.
 
     >>> few = Examples({"text": list("abcd")}, np.array([0, 0, 0, 1], np.int32), ("x", "y"))
     >>> per_class(few, 2, seed=0).labels.tolist()
@@ -160,24 +168,33 @@ def per_class(examples: Examples, count: int, *, seed: int) -> Examples:
     """
     if count < 1:
         raise errors.ConfigError(f"{examples.name}: {count} examples of each class were asked for; expected 1 or more")
+    if examples.task != "classification":
+        raise errors.ConfigError(f"{examples.name}: examples of each class were asked for, and they have not one each")
     order = np.random.default_rng(seed).permutation(examples.size)
     kept = [order[examples.labels[order] == label][:count] for label in np.unique(examples.labels)]
     return take(examples, np.sort(np.concatenate(kept)))
 
 
 def check(examples: Examples) -> Examples:
-    """Refuse examples that no classifier can be trained on.
+    """Refuse examples that nothing can be learnt from.
 
     Returns:
       `examples`, unchanged.
 
     Raises:
-      DataError: no examples, columns of different lengths, labels that are not int `[N]` in
-        `range(len(classes))`, or fewer than two classes present.
+      DataError: no examples, columns of different lengths, labels of another form than `Examples` says or out of
+        range, fewer than two classes present, no label that differs between examples, or only one number.
     """
-    name, labels, classes = examples.name, examples.labels, examples.classes
     if not examples.size:
-        raise errors.DataError(f"{name}: the data set is empty; expected at least one example of two classes")
+        raise errors.DataError(f"{examples.name}: the data set is empty; expected at least one example of two classes")
+    {"classification": _check_classes, "multilabel": _check_several, "regression": _check_numbers}[examples.task](
+        examples
+    )
+    return examples
+
+
+def _check_classes(examples: Examples) -> None:
+    name, labels, classes = examples.name, examples.labels, examples.classes
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise errors.DataError(f"{name}: labels are {labels.dtype} {labels.shape}; expected integers [N]")
     _check_lengths(examples)
@@ -193,7 +210,28 @@ def check(examples: Examples) -> Examples:
             f"{name}: all {examples.size} examples are of the class {classes[present[0]]!r}; "
             "expected at least two classes"
         )
-    return examples
+
+
+def _check_several(examples: Examples) -> None:
+    name, labels = examples.name, examples.labels
+    expected = examples.size, len(examples.classes)
+    if labels.shape != expected or not ((labels == 0) | (labels == 1)).all():
+        raise errors.DataError(f"{name}: labels are {labels.dtype} {labels.shape}; expected 0 and 1 {expected}")
+    _check_lengths(examples)
+    if (labels == labels[:1]).all():
+        raise errors.DataError(f"{name}: all {examples.size} examples have the same labels; expected some that differ")
+
+
+def _check_numbers(examples: Examples) -> None:
+    name, labels = examples.name, examples.labels
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.floating):
+        raise errors.DataError(f"{name}: labels are {labels.dtype} {labels.shape}; expected floats [N], or classes")
+    _check_lengths(examples)
+    bad = np.flatnonzero(~np.isfinite(labels))
+    if bad.size:
+        raise errors.DataError(f"{name}: example {bad[0]} has the label {labels[bad[0]]}; expected a number")
+    if (labels == labels[0]).all():
+        raise errors.DataError(f"{name}: all {examples.size} examples have the label {labels[0]:g}; expected several")
 
 
 def _check_lengths(examples: Examples) -> None:
@@ -243,6 +281,13 @@ def _deal_groups(examples: Examples, fractions: np.ndarray, rng: np.random.Gener
             "ask for fewer parts, or pass by_group=False to let a group be in two of them"
         )
     return [np.flatnonzero(part_of_group[group_of] == part) for part in range(len(fractions))]
+
+
+def _order(examples: Examples, rng: np.random.Generator) -> np.ndarray:
+    """A random order, in which every stretch holds the classes in proportion where each example has one."""
+    if examples.task != "classification":
+        return rng.permutation(examples.size)
+    return _interleave_classes(examples.labels, rng)
 
 
 def _interleave_classes(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Labelled examples from a CSV, TSV, JSONL or Parquet file, or from a folder with one sub-folder a class."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from jtl import errors
 from jtl.data import folders, tables
 from jtl.data.examples import Examples, Skipped, check
+from jtl.data.targets import Target, Task, key, key_problem, target
 
 
 def read(
@@ -18,8 +18,11 @@ def read(
     *,
     text: str = "text",
     label: str = "label",
+    second: str | None = None,
     group: str | None = None,
     classes: Sequence[str] | None = None,
+    task: Task = "classification",
+    separator: str = ",",
     skip_bad: bool = False,
 ) -> Examples:
     """Read labelled examples, refusing whatever is malformed by file and row.
@@ -32,12 +35,17 @@ def read(
       path: the file or folder.
       text: the column of input texts.
       label: the column of labels.
+      second: the column of second texts, where examples are pairs.
       group: a column whose values must not be in two parts of a split.
       classes: the class names in order, when the file's own are not to be trusted.
+      task: "classification" for one class of each row; "multilabel" for any number of labels, with a separator
+        between them, or in a list, and of which a row may have none; "regression" for a number.
+      separator: between the labels of a row.
       skip_bad: leave bad rows out, and list them in `skipped`, where a bad row would raise.
 
     Returns:
-      Examples with `columns={"text": [...]}`, or `{"image": [...]}` paths for a folder of pictures.
+      Examples with `columns={"text": [...]}`, or `{"text": [...], "second": [...]}`, or `{"image": [...]}` paths for a
+      folder of pictures.
 
     Raises:
       SourceNotFoundError: there is no such file or folder.
@@ -51,14 +59,29 @@ def read(
         raise errors.SourceNotFoundError(
             f"{path}: there is no such file or folder{tables.nearest(path.name, siblings)}"
         )
-    declared = _declared(classes)
+    declared, aim = _declared(classes), target(task, separator)
     if path.is_dir() or path.suffix.lower() == ".zip":
-        if group is not None:
-            raise errors.ConfigError(f"{path}: a folder of classes has no column {group!r} of groups; leave group out")
+        for what, given in {"of groups": group, "of second texts": second}.items():
+            if given is not None:
+                raise errors.ConfigError(f"{path}: a folder of classes has no column {given!r} {what}; leave it out")
+        if task != "classification":
+            raise errors.ConfigError(f"{path}: a folder has one class for each file; task={task!r} needs a table")
         return folders.read(path, classes=declared, skip_bad=skip_bad)
-    wanted = [text, label] if group is None else [text, label, group]
-    kept, skipped = _sort_out(path, tables.rows(path, wanted), _check_row(text, label, group, declared), skip_bad)
-    return check(_examples(path, kept, (text, label, group), declared, skipped))
+    columns = {"text": text} | ({} if second is None else {"second": second})
+    wanted = [*columns.values(), label] if group is None else [*columns.values(), label, group]
+    problem = _check_row(list(columns.values()), label, group, aim, declared)
+    kept, skipped = _sort_out(path, tables.rows(path, wanted), problem, skip_bad)
+    labels, names = aim.labels([row[label] for row in kept], declared)
+    return check(
+        Examples(
+            columns={name: [row[column] for row in kept] for name, column in columns.items()},
+            labels=labels,
+            classes=names,
+            groups=None if group is None else np.array([key(row[group]) for row in kept]),
+            name=path.name,
+            skipped=tuple(skipped),
+        )
+    )
 
 
 def _declared(classes: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -71,34 +94,14 @@ def _declared(classes: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _check_row(
-    text: str, label: str, group: str | None, classes: tuple[str, ...] | None
+    texts: Sequence[str], label: str, group: str | None, aim: Target, classes: tuple[str, ...] | None
 ) -> Callable[[dict[str, Any]], str]:
     def problem(fields: dict[str, Any]) -> str:
-        keys = (label,) if group is None else (label, group)
-        return (
-            tables.text_problem(text, fields[text])
-            or next((found for key in keys if (found := _key_problem(key, fields[key]))), "")
-            or _class_problem(_key(fields[label]), classes)
-        )
+        wrong = next((found for name in texts if (found := tables.text_problem(name, fields[name]))), "")
+        wrong = wrong or aim.problem(label, fields[label], classes)
+        return wrong or ("" if group is None else key_problem(group, fields[group]))
 
     return problem
-
-
-def _key_problem(name: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return f"{name!r} is {value!r} ({type(value).__name__}); expected a string or an integer"
-    return tables.encoding_problem(_key(value)) or ("" if _key(value) else f"{name!r} is empty; expected a name")
-
-
-def _class_problem(name: str, classes: tuple[str, ...] | None) -> str:
-    if classes is None or name in classes:
-        return ""
-    hint = tables.nearest(name, classes)
-    return f"label {name!r} is not a declared class; expected {', '.join(classes)}{hint}"
-
-
-def _key(value: str | int) -> str:
-    return str(value).strip()
 
 
 def _sort_out(
@@ -120,38 +123,3 @@ def _sort_out(
         )
         raise errors.DataError(f"{path}: there are no rows to use{first}")
     return kept, skipped
-
-
-def _examples(
-    path: Path,
-    rows: list[dict[str, Any]],
-    columns: tuple[str, str, str | None],
-    declared: tuple[str, ...] | None,
-    skipped: list[Skipped],
-) -> Examples:
-    text, label, group = columns
-    names = [_key(row[label]) for row in rows]
-    classes = declared or class_names(names)
-    index = {name: i for i, name in enumerate(classes)}
-    return Examples(
-        columns={"text": [row[text] for row in rows]},
-        labels=np.array([index[name] for name in names], np.int32),
-        classes=classes,
-        groups=None if group is None else np.array([_key(row[group]) for row in rows]),
-        name=path.name,
-        skipped=tuple(skipped),
-    )
-
-
-def class_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels in order: by value when all are integers, else by name.
-
-    >>> class_names(["10", "9", "10"])
-    ('9', '10')
-    >>> class_names(["spam", "ham"])
-    ('ham', 'spam')
-    """
-    names = set(labels)
-    if all(re.fullmatch(r"[+-]?[0-9]+", name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))

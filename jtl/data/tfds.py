@@ -13,7 +13,7 @@ from jtl import errors
 from jtl.data import tables
 from jtl.data.examples import Examples, check
 from jtl.data.pictures import Record
-from jtl.data.sources import class_names
+from jtl.data.targets import class_names
 
 OWN = "rotten-tomatoes"
 """The data set that jtl prepares itself, by `jtl.data.rotten_tomatoes`."""
@@ -25,6 +25,7 @@ def load(
     *,
     text: str = "text",
     label: str = "label",
+    second: str | None = None,
     group: str | None = None,
     image: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
@@ -37,14 +38,15 @@ def load(
       split: a split or slice, `"train"`, `"test[:10%]"`, `"train[100:]+validation"`.
       text: the feature of input texts.
       label: the feature of labels, a ClassLabel or an integer.
+      second: the feature of second texts, where examples are pairs.
       group: a feature whose values must not be in two parts of a split.
       image: the feature of pictures, when these are the inputs, not texts. They stay on disk until
         `load_image` wants them.
       data_dir: where the data is prepared; by default where TFDS does.
 
     Returns:
-      Examples with `columns={"text": [...]}`, or `{"image": [...]}` of what `load_image` takes; of a feature
-      that is an array, not an encoded picture, uint8 `[H, W, C]` arrays.
+      Examples with `columns={"text": [...]}`, and perhaps "second", or `{"image": [...]}` of what `load_image` takes;
+      of a feature that is an array, not an encoded picture, uint8 `[H, W, C]` arrays.
 
     Raises:
       SourceNotFoundError: no data set has this name, or it is not prepared.
@@ -55,7 +57,7 @@ def load(
     builder = _builder(name, data_dir)
     group = "movie" if name == OWN and group is None else group
     column, feature = ("text", text) if image is None else ("image", image)
-    _check_features(name, builder.info.features, [f for f in (feature, label, group) if f is not None])
+    _check_features(name, builder.info.features, [f for f in (feature, label, second, group) if f is not None])
     encoded = image is not None and _is_encoded(name, builder.info.features[image])
     source = _source(builder, name, split, data_dir)
     inputs, rows = [], []
@@ -65,9 +67,12 @@ def load(
         rows.append(row)
     if image is None:
         inputs = _strings(name, feature, inputs)
+    columns: dict[str, Any] = {column: inputs}
+    if second is not None:
+        columns["second"] = _strings(name, second, (row[second] for row in rows))
     groups = None if group is None else np.array(_strings(name, group, (row[group] for row in rows)))
     labels, classes = _labels(builder.info.features[label], [int(row[label]) for row in rows])
-    return check(Examples({column: inputs}, labels, classes, groups, f"{name}:{split}"))
+    return check(Examples(columns, labels, classes, groups, f"{name}:{split}"))
 
 
 class Texts(NamedTuple):

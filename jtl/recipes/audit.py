@@ -62,6 +62,7 @@ def random_batch(model: Any, settings: Audit) -> Batch:
         spec = model.config.input
         images = rng.normal(size=(settings.batch_size, *spec.size, len(spec.mean)))
         return {"image": jnp.asarray(images, jnp.float32), "label": labels}
-    shape = settings.batch_size, min(settings.length, model.config.max_position_embeddings)
+    most = model.config.max_length
+    shape = settings.batch_size, settings.length if most is None else min(settings.length, most)
     ids = jnp.asarray(rng.integers(1, model.config.vocab_size, shape), jnp.int32)
     return {"input_ids": ids, "attention_mask": jnp.ones_like(ids), "label": labels}

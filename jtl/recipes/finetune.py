@@ -33,13 +33,13 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     _check(settings)
     if settings.out is not None:
         check_new(settings.out)
-    given = task.task(settings, settings.seed, console, augment=settings.augment)
+    kind: dict[str, Any] = {"kind": settings.task, "separator": settings.separator}
+    given = task.task(settings, settings.seed, console, augment=settings.augment, **kind)
     run_key = jax.random.split(jax.random.key(settings.seed))[1]
     order = {"seed": settings.seed, "epochs": settings.epochs, "augment": settings.augment}
     batches, augment, (test,) = task.batches(settings, given, [given.held_out], console, **order)
     way = ways.way(settings, given.model, given.variables["params"], len(batches))
-    metrics = {"accuracy": jtl.metrics.accuracy, "balanced accuracy": jtl.metrics.balanced_accuracy}
-    loss_fn = jtl.supervised(way.model(given.model), jtl.losses.cross_entropy, metrics=metrics)
+    loss_fn = jtl.supervised(way.model(given.model), given.goal.loss, metrics=given.goal.metrics)
     mesh = jtl.parallel.data_mesh() if jax.device_count() > 1 else None
     with progress.steps(console) as advance:
         on_step = advance(escape(way.strategy.name), len(batches))
@@ -60,7 +60,7 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     _print(way.strategy.name, done.outcome, given.held_out, console)
     if settings.out is not None:
         notes = {"settings": _plain(settings), "outcome": done.outcome._asdict(), "source": given.source.name}
-        whole = way.plain(jtl.variables(done.state, done.frozen))
+        whole = given.goal.told(way.plain(jtl.variables(done.state, done.frozen)))
         names = {"classes": given.train.classes, "tokenizer": given.tokenizer}
         jtl.save(settings.out, given.model, whole, **names, notes=notes)
         console.print(

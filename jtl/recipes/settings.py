@@ -19,6 +19,7 @@ StrategyName = Literal[
     "l2-sp",
     "lora",
 ]
+TaskName = Literal["classification", "multilabel", "regression"]
 AugmentName = Literal["none", "flip", "crop-flip", "randaugment"]
 
 
@@ -69,11 +70,14 @@ class Data:
     """Labelled texts or pictures, how they are read, and the model that reads them."""
 
     data: str
-    """A CSV, TSV or JSONL file, a folder or .zip with a sub-folder of pictures or .txt files a class, or tfds:NAME."""
+    """A CSV, TSV, JSONL or Parquet file, a folder or .zip with a sub-folder of pictures or .txt files a class, or
+    tfds:NAME."""
     model: str = "minilm-l6"
     """A packaged model, a checkpoint folder, or a hub id such as org/name."""
     text: str = "text"
     """The column of texts."""
+    second: str | None = None
+    """The column of second texts, where examples are pairs, such as a premise and a hypothesis."""
     label: str = "label"
     """The column of labels."""
     group: str | None = None
@@ -98,6 +102,10 @@ class Data:
 class Finetune(Way, Data):
     """Fine-tune a pretrained model on labelled texts or pictures of your own."""
 
+    task: TaskName = "classification"
+    """What a label is: one class, any number of labels, or a number to predict."""
+    separator: str = ","
+    """What stands between labels, where there may be several; a field of JSONL or Parquet may also be a list."""
     out: Path | None = None
     """A new folder for the trained model, its scores and these settings."""
     epochs: int = 3

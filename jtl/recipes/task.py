@@ -1,6 +1,7 @@
 """What a command is given: labelled examples, and a model that takes them."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ import jtl
 from jtl.data import Batches, Examples, compare, examples, picture_batches, read, text, tfds
 from jtl.errors import ConfigError, DataError
 from jtl.pretrained import build
-from jtl.recipes import training
-from jtl.recipes.settings import AugmentName, Data
+from jtl.recipes import goals, training
+from jtl.recipes.settings import AugmentName, Data, TaskName
 from jtl.weights.source import Source, resolve
 
 
@@ -28,6 +29,7 @@ class Task(NamedTuple):
       model: a linen module.
       variables: its pretrained ones.
       tokenizer: of a text model.
+      goal: what is learnt.
     """
 
     train: Examples
@@ -37,9 +39,18 @@ class Task(NamedTuple):
     model: Any
     variables: dict[str, Any]
     tokenizer: Any
+    goal: goals.Goal
 
 
-def task(settings: Data, seed: int, console: Console, *, augment: str = "none") -> Task:
+def task(
+    settings: Data,
+    seed: int,
+    console: Console,
+    *,
+    augment: str = "none",
+    kind: TaskName = "classification",
+    separator: str = ",",
+) -> Task:
     """Read examples and model, and say what was found.
 
     Args:
@@ -47,24 +58,27 @@ def task(settings: Data, seed: int, console: Console, *, augment: str = "none") 
       seed: of the split, and of the head.
       console: where to print.
       augment: how training examples are augmented; only pictures can be.
+      kind: of labels.
+      separator: between labels of an example.
 
     Raises:
       JtlError: whatever is wrong with either.
     """
     if settings.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {settings.batch_size}")
-    train, held_out = _examples(settings, seed)
+    train, held_out = _examples(settings, seed, kind, separator)
     _report(train, held_out, console)
-    head = jtl.heads.classifier(len(train.classes))
+    goal = goals.goal(train)
     with console.status(f"loading {escape(settings.model)}"):
         source = resolve(settings.model, revision=settings.revision)
         modality = _check_modality(source, train, augment)
-        model, variables = jtl.load(source.path, head, key=jax.random.split(jax.random.key(seed))[0])
+        model, variables = jtl.load(source.path, goal.head, key=jax.random.split(jax.random.key(seed))[0])
         tokenizer = text.tokenizer(source.path) if modality == "text" else None
     if modality == "image":
         for line in compare(train, held_out).lines():
             console.print(line, markup=False, soft_wrap=True)
-    return Task(train, held_out, source, modality, model, variables, tokenizer)
+    train, held_out = goal.learnt(train), goal.learnt(held_out)
+    return Task(train, held_out, source, modality, model, variables, tokenizer, goal)
 
 
 def batches(
@@ -96,8 +110,11 @@ def batches(
         )
         console.print(f"{len(train)} steps of pictures of {spec.size[0]}x{spec.size[1]} pixels")
         return train, change, [picture_batches(part, spec, batch_size=size) for part in held_out]
-    longest = min(settings.max_length, given.model.config.max_position_embeddings)
-    encode = functools.partial(training.text_batches, given.tokenizer, max_length=longest, batch_size=size)
+    most = given.model.config.max_length
+    longest = settings.max_length if most is None else min(settings.max_length, most)
+    types = "token_type_ids" in inspect.signature(type(given.model).__call__).parameters
+    sizes: dict[str, Any] = {"max_length": longest, "batch_size": size, "types": types}
+    encode = functools.partial(training.text_batches, given.tokenizer, **sizes)
     train, cut = encode(given.train, seed=seed, epochs=epochs)
     tests = [encode(part, known=train.layout.buckets) for part in held_out]
     shapes = ", ".join(f"{rows}x{length} ({count})" for (rows, length), count in sorted(train.shapes.items()))
@@ -108,11 +125,11 @@ def batches(
     return train, None, [test for test, _ in tests]
 
 
-def _examples(settings: Data, seed: int) -> tuple[Examples, Examples]:
-    whole = _read(settings, settings.data, settings.classes)
+def _examples(settings: Data, seed: int, kind: TaskName, separator: str) -> tuple[Examples, Examples]:
+    whole = _read(settings, settings.data, settings.classes, kind, separator)
     share = _share(settings.held_out)
     if share is None:
-        train, held_out = whole, _read(settings, settings.held_out, whole.classes)
+        train, held_out = whole, _read(settings, settings.held_out, whole.classes, kind, separator)
     else:
         train, held_out = examples.split(whole, [1 - share, share], seed=seed)
     if settings.labels_per_class is not None:
@@ -120,18 +137,17 @@ def _examples(settings: Data, seed: int) -> tuple[Examples, Examples]:
     return examples.check(train), held_out
 
 
-def _read(settings: Data, place: str, classes: tuple[str, ...]) -> Examples:
+def _read(settings: Data, place: str, classes: tuple[str, ...], kind: TaskName, separator: str) -> Examples:
+    columns = {name: getattr(settings, name) for name in ("text", "label", "second", "group")}
     if not place.startswith("tfds:"):
-        return read(
-            place,
-            text=settings.text,
-            label=settings.label,
-            group=settings.group,
-            classes=classes or None,
-            skip_bad=settings.skip_bad,
+        skip = settings.skip_bad
+        return read(place, classes=classes or None, task=kind, separator=separator, skip_bad=skip, **columns)
+    if kind != "classification":
+        raise ConfigError(
+            f"{place}: TFDS data sets are read with one class for each example; task={kind!r} needs a table"
         )
     name, _, split = place.removeprefix("tfds:").partition(":")
-    found = tfds.load(name, split or "train", text=settings.text, label=settings.label, group=settings.group)
+    found = tfds.load(name, split or "train", **columns)
     if classes and found.classes != classes:
         raise DataError(f"{place} has the classes {found.classes}, expected {classes}")
     return found
@@ -158,7 +174,9 @@ def _check_modality(source: Source, data: Examples, augment: str) -> str:
 
 def _report(train: Examples, held_out: Examples, console: Console) -> None:
     counts = f"{train.size} examples to train on, {held_out.size} held out"
-    console.print(f"{counts}, classes {', '.join(train.classes)}", markup=False)
+    lowest, highest = train.labels.min(), train.labels.max()
+    what = f"classes {', '.join(train.classes)}" if train.classes else f"numbers from {lowest:g} to {highest:g}"
+    console.print(f"{counts}, {what}", markup=False)
     for skipped in train.skipped:
         console.print(f"skipped {skipped.file}, row {skipped.row}: {skipped.reason}", markup=False, soft_wrap=True)
     if train.skipped:

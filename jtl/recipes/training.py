@@ -62,30 +62,39 @@ def text_batches(
     max_length: int,
     max_buckets: int = 3,
     known: Sequence[int] = (),
+    types: bool = False,
     **settings: Any,
 ) -> tuple[Batches, int]:
     """Batches of token ids padded to length buckets.
 
     Args:
       tokenizer: a fast tokenizer of Hugging Face.
-      examples: labelled texts, in the column `text`.
+      examples: labelled texts, in the column `text`, and the second texts of pairs in the column `second`.
       max_length: longer texts are cut.
       max_buckets: the most padded lengths, each of which is compiled once.
       known: the lengths of other batches, which are compiled already: they are used, and a longer one if need be.
+      types: whether the model is told which text of a pair a token is of, where the tokenizer says it.
       **settings: of `jtl.data.pipeline.batches`.
 
     Returns:
       The batches, and how many texts were cut.
     """
-    encoded = text.encode(tokenizer, list(examples.columns["text"]), max_length=max_length)
+    second = examples.columns.get("second")
+    pairs = None if second is None else list(second)
+    encoded = text.encode(tokenizer, list(examples.columns["text"]), max_length=max_length, pairs=pairs)
     lengths = encoded.input_ids.lengths
     longer = lengths[lengths > max(known, default=0)]
     if known and len(longer):
         buckets = (*known, *text.buckets(longer, max_length=max_length, max_buckets=1))
     else:
         buckets = known or text.buckets(lengths, max_length=max_length, max_buckets=max_buckets)
-    columns = {"input_ids": encoded.input_ids}
-    return batches(columns, examples.labels, buckets=buckets, **settings), encoded.truncated
+    columns: dict[str, Any] = {"input_ids": encoded.input_ids}
+    if types and pairs is not None and encoded.token_type_ids is not None:
+        columns["token_type_ids"] = encoded.token_type_ids
+    labels = examples.labels if examples.task == "classification" else None
+    if labels is None:
+        columns["label"] = examples.labels
+    return batches(columns, labels, buckets=buckets, **settings), encoded.truncated
 
 
 def training_pictures(

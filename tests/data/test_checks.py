@@ -98,3 +98,13 @@ def test_parts_that_do_not_match_are_refused():
         compare(texts(["a"], [0]), texts(["a"], [0], ("pos", "neg")))
     with pytest.raises(errors.DataError, match="the columns differ: texts has text; texts has image"):
         duplicates(texts(["a"], [0]), texts(["a"], [0])._replace(columns={"image": ["a"]}))
+
+
+def test_labels_of_other_kinds_are_named_and_not_counted():
+    several = Examples({"text": ["a"]}, np.array([[1, 0, 1]], np.float32), ("x", "y", "z"), None, "several")
+    numbers = Examples({"text": ["a"]}, np.array([2.5], np.float32), (), None, "numbers")
+    assert duplicates(several, several)[0].labels == ("x, z", "x, z")
+    assert duplicates(numbers, numbers)[0].labels == ("2.5", "2.5")
+    for examples in (several, numbers):
+        with pytest.raises(errors.DataError, match="have not one each"):
+            compare(examples, examples)

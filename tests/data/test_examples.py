@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jtl import errors
-from jtl.data.examples import Examples, check, split, subset, take
+from jtl.data.examples import Examples, check, per_class, split, subset, take
 
 quick = settings(max_examples=60, deadline=None)
 FRACTIONS = st.sampled_from([(0.5, 0.5), (0.6, 0.1, 0.3), (0.8, 0.1, 0.1), (0.34, 0.33, 0.33)])
@@ -137,8 +137,35 @@ def test_check_returns_good_examples():
         (make([0, 1])._replace(labels=np.array([0.0, 1.0])), "labels are float64"),
         (make([0, 1])._replace(columns={"text": ["one"]}), "column 'text' has 1 entries; expected 2"),
         (make([0, 1])._replace(groups=np.array(["g"])), "groups has 1 entries; expected 2"),
+        (make([0, 1])._replace(labels=np.zeros((2, 2))), r"labels are float64 .2, 2.; expected 0 and 1 .2, 3."),
+        (make([0, 1])._replace(labels=np.full((2, 3), 0.5)), "expected 0 and 1"),
+        (make([0, 1])._replace(labels=np.ones((2, 3))), "all 2 examples have the same labels"),
+        (make([0, 1], classes=()), "labels are int32"),
+        (make([0, 1], classes=())._replace(labels=np.array([0.5, np.inf])), "example 1 has the label inf"),
+        (make([0, 1], classes=())._replace(labels=np.array([0.5, 0.5])), "all 2 examples have the label 0.5"),
     ],
 )
 def test_check_names_what_is_wrong(examples, message):
     with pytest.raises(errors.DataError, match=message):
         check(examples)
+
+
+def numbers(count):
+    return make(range(count), classes=())._replace(labels=np.linspace(0, 1, count))
+
+
+def several(count):
+    return make(range(count))._replace(labels=np.eye(3, dtype=np.float32)[np.arange(count) % 3])
+
+
+@pytest.mark.parametrize("examples", [numbers(20), several(20)], ids=["numbers", "several labels"])
+def test_examples_without_one_class_each_are_split_at_random(examples):
+    parts = split(check(examples), (0.5, 0.25, 0.25), seed=1)
+    assert [part.size for part in parts] == [10, 5, 5]
+    assert sorted(row for part in parts for row in rows(part)) == list(range(20))
+    assert rows(parts[0]) == rows(split(examples, (0.5, 0.25, 0.25), seed=1)[0]) != list(range(10))
+    for part in parts:
+        assert np.array_equal(part.labels, examples.labels[rows(part)])
+    assert set(rows(subset(examples, 5, seed=2))) < set(rows(subset(examples, 9, seed=2)))
+    with pytest.raises(errors.ConfigError, match="have not one each"):
+        per_class(examples, 2, seed=0)

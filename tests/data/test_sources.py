@@ -1,6 +1,7 @@
 import bz2
 import csv
 import gzip
+import inspect
 import io
 import json
 import re
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jtl import errors
-from jtl.data import tables
+from jtl.data import tables, targets
 from jtl.data.sources import read
 
 GOOD = "text,label\ngood film,pos\nbad film,neg\n"
@@ -107,7 +108,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_rows_are_read_as_they_are_needed(tmp_path):
     """Of a file that is damaged further on, the first rows can be had."""
-    content = gzip.compress(b"text,label\n" + b"".join(b"text %d,%d\n" % (i, i) for i in range(200_000)))
+    content = gzip.compress(b"text,label\n" + b"".join(b"text %d,%d\n" % (i, i) for i in range(20_000)))
     path = write(tmp_path, "a.csv.gz", content[: len(content) // 2])
     rows = tables.rows(path, ["text", "label"])
     assert next(rows).fields == {"text": "text 0", "label": "0"}
@@ -120,6 +121,82 @@ def test_columns_may_have_other_names_and_groups(tmp_path):
     examples = read(path, text="body", label="y", group="film")
     assert examples.columns["text"] == ["good", "bad"]
     assert examples.groups.tolist() == ["A", "B"]
+
+
+def test_pairs_have_a_second_text(tmp_path):
+    path = write(tmp_path, "a.csv", "premise,hypothesis,label\na b,c,yes\nd,e,no\n")
+    examples = read(path, text="premise", second="hypothesis")
+    assert examples.columns == {"text": ["a b", "d"], "second": ["c", "e"]}
+    with pytest.raises(errors.DataError, match=r"no column 'hypotesis'; .*did you mean 'hypothesis'"):
+        read(path, text="premise", second="hypotesis")
+    path = write(tmp_path, "b.csv", "text,other,label\na,b,yes\na,,no\n")
+    with pytest.raises(errors.DataError, match="row 3: 'other' is empty"):
+        read(path, second="other")
+
+
+def test_rows_may_have_several_labels_or_none(tmp_path):
+    expected = [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
+    table = write(tmp_path, "a.csv", "text,label\nt,c; b\nu,\nv,a\n")
+    objects = [{"text": "t", "label": ["b", "c"]}, {"text": "u", "label": []}, {"text": "v", "label": "a"}]
+    columns = {"text": ["t", "u", "v"], "label": [["b", "c"], [], ["a"]]}
+    for path in (table, write(tmp_path, "a.jsonl", lines(*objects)), parquet(tmp_path, **columns)):
+        examples = read(path, task="multilabel", separator=";")
+        assert examples.classes == ("a", "b", "c")
+        assert examples.labels.tolist() == expected
+        assert (examples.labels.dtype, examples.task) == ("float32", "multilabel")
+    declared = read(table, task="multilabel", separator=";", classes=["c", "b", "a", "d"])
+    assert declared.labels.tolist() == [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def test_labels_may_be_numbers(tmp_path):
+    table = write(tmp_path, "a.csv", "text,label\nt,2\nu, -1.5e1\n")
+    objects = lines({"text": "t", "label": 2}, {"text": "u", "label": -15.0})
+    for path in (table, write(tmp_path, "a.jsonl", objects), parquet(tmp_path, text=["t", "u"], label=[2.0, -15.0])):
+        examples = read(path, task="regression")
+        assert examples.labels.tolist() == [2, -15]
+        assert (examples.labels.dtype, examples.task, examples.classes) == ("float32", "regression", ())
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        ("multilabel", [["a"], ["a", "a"]], "row 2: label 'a' is there twice"),
+        ("multilabel", [["a"], ["b", ""]], "row 2: 'label' is empty"),
+        ("multilabel", [["a"], ["z"]], "row 2: label 'z' is not a declared class"),
+        ("multilabel", [["a"], None], "row 2: 'label' is None"),
+        ("multilabel", [["a"], [["b"]]], r"row 2: 'label' is \['b'\]"),
+        ("multilabel", ["a,b", "b,,a"], "row 2: 'label' is empty"),
+        ("multilabel", [["a"], ["a"]], "all 2 examples have the same labels"),
+        ("regression", [1, "x"], "row 2: 'label' is 'x' .str.; expected a number"),
+        ("regression", [1, "nan"], "row 2: 'label' is 'nan'"),
+        ("regression", [1, True], "row 2: 'label' is True"),
+        ("regression", [1, None], "row 2: 'label' is None"),
+        ("regression", [1, [2]], "row 2: 'label' is "),
+        ("regression", [1, 10**400], "row 2: 'label' is 1000"),
+        ("regression", [3, 3.0], "all 2 examples have the label 3"),
+    ],
+)
+def test_labels_of_another_kind_are_refused(tmp_path, task, rows, message):
+    path = write(tmp_path, "a.jsonl", lines(*[{"text": "t", "label": label} for label in rows]))
+    with pytest.raises(errors.DataError, match=message):
+        read(path, task=task, classes=["a", "b"] if task == "multilabel" else None)
+
+
+def test_tasks_that_cannot_be_are_refused(tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\nt,\nu,\n")
+    with pytest.raises(errors.DataError, match="no row has a label"):
+        read(path, task="multilabel")
+    numbers = write(tmp_path, "b.csv", "text,label\nt,1\nu,2\n")
+    with pytest.raises(errors.ConfigError, match="classes a were declared, but the labels are numbers"):
+        read(numbers, task="regression", classes=["a"])
+    with pytest.raises(errors.ConfigError, match="separator=''"):
+        read(path, task="multilabel", separator="")
+    with pytest.raises(errors.ConfigError, match="task='ranking'"):
+        inspect.unwrap(targets.target)("ranking", ",")
+    with pytest.raises(errors.ConfigError, match="no column 'b' of second texts"):
+        read(tmp_path, second="b")
+    with pytest.raises(errors.ConfigError, match="task='regression' needs a table"):
+        read(tmp_path, task="regression")
 
 
 def test_integer_classes_sort_by_value(tmp_path):
