@@ -12,6 +12,7 @@ FAMILIES: dict[str, str] = {
     "bert": "jtl.models.bert",
     "deit": "jtl.models.vit",
     "efficientnet": "jtl.models.efficientnet",
+    "gpt2": "jtl.models.gpt2",
     "mobilenet_v2": "jtl.models.mobilenet_v2",
     "resnet": "jtl.models.resnet",
     "vgg": "jtl.models.vgg",
