@@ -43,34 +43,31 @@ class Embeddings(nn.Module):
         self, input_ids: jax.Array, token_type_ids: jax.Array | None, *, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
         """`[batch, length, width]` of ids `[batch, length]`, and the table of words."""
-        c = self.config
+        c, init = self.config, nn.initializers.normal(self.config.initializer_range)
         if input_ids.shape[1] > c.max_length:
             raise ConfigError(
                 f"inputs of length {input_ids.shape[1]} are longer than the {c.max_length} positions that the model "
                 "has: truncate them"
             )
-        embed = functools.partial(
-            nn.Embed,
-            features=c.hidden_size,
-            dtype=self.dtype,
-            embedding_init=random_init(nn.initializers.normal(c.initializer_range)),
-        )
+        embed = functools.partial(nn.Embed, features=c.hidden_size, dtype=self.dtype, embedding_init=random_init(init))
         word = embed(c.vocab_size, name="word")
-        x = word(input_ids)
-        if c.pad_token_id is not None:
-            # The embedding of padding is not trained, as in the reference implementation.
-            is_pad = jnp.expand_dims(input_ids == c.pad_token_id, -1)
-            x = jnp.where(is_pad, jax.lax.stop_gradient(x), x)
+        x = _looked_up(word, input_ids, c.pad_token_id)
         if c.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + embed(c.type_vocab_size, name="token_type")(types)
-        x = x + embed(c.max_position_embeddings, name="position")(self.positions(input_ids))
+        x = x + _looked_up(embed(c.max_position_embeddings, name="position"), *self.positions(input_ids))
         x = layer_norm(c.layer_norm_eps, self.dtype, "norm")(x)
         return Dropout(c.hidden_dropout_prob)(x, deterministic=deterministic), word.embedding
 
-    def positions(self, input_ids: jax.Array) -> jax.Array:
-        """The position of each id, `[batch or 1, length]`."""
-        return jnp.arange(input_ids.shape[1])[None]
+    def positions(self, input_ids: jax.Array) -> tuple[jax.Array, int | None]:
+        """The position of each id, `[batch or 1, length]`, and that of padding, where it has one of its own."""
+        return jnp.arange(input_ids.shape[1])[None], None
+
+
+def _looked_up(table: nn.Embed, ids: jax.Array, padding: int | None) -> jax.Array:
+    """Embeddings of ids; that of padding is not trained, as in the reference implementation."""
+    x = table(ids)
+    return x if padding is None else jnp.where(jnp.expand_dims(ids == padding, -1), jax.lax.stop_gradient(x), x)
 
 
 class Layer(nn.Module):
@@ -93,7 +90,7 @@ class Layer(nn.Module):
             implementation=self.attention,
             name="attention",
         )
-        attended = attention(x, mask, deterministic=deterministic)
+        attended: Any = attention(x, mask, deterministic=deterministic)
         norm = functools.partial(layer_norm, c.layer_norm_eps, self.dtype)
         x = norm("attention_norm")(x + drop(attended))
         mlp = Mlp(c.intermediate_size, c.hidden_act, c.initializer_range, self.dtype, name="mlp")
@@ -194,7 +191,7 @@ class Bert(nn.Module):
             return masked_mean(x, mask)
         if c.pool == "max":
             return jnp.max(jnp.where(jnp.expand_dims(mask, -1), x, jnp.finfo(x.dtype).min), axis=1)
-        if c.pool == "cls":
+        if c.pool in ("cls", None):  # not said, and not settled by a checkpoint's tensors
             return x[:, 0]
         return jnp.tanh(Dense(c.hidden_size, c.initializer_range, self.dtype, name="pooler")(x[:, 0]))
 
@@ -221,8 +218,9 @@ FAMILY = Family(
     layouts=(LAYOUT,),
     depth_groups=depth_groups,
     paper="arXiv 1810.04805",
-    head=lambda config, outputs: heads.Linear(outputs, config.hidden_dropout_prob),
+    head=lambda config, outputs: heads.Linear(outputs, config.head_dropout),
     settings=settings,
     classes="Bert",
+    needs={"Model": {"pool": ("pooler",)}, "ForSequenceClassification": {"pool": ("pooler",)}},
     licence="Apache-2.0",
 )

@@ -1,13 +1,14 @@
-"""The settings of a BERT, from and to those of transformers."""
+"""The settings of a BERT, and of the families that have its modules, from and to those of transformers."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import check_overrides, read_json
+from jtl.models.family import check_overrides, fields_from_json, read_json
 
 POOLS = ("pooler", "mean", "cls", "max")
 
@@ -27,7 +28,8 @@ class BertConfig:
     """The settings of a BERT model, named as in `config.json`, with the same defaults.
 
     `pool` says where pooled features come from: `pooler` (dense and tanh on the first token,
-    as BERT was trained), `mean` or `max` (over unpadded positions) or `cls` (the first token).
+    as BERT was trained), `mean` or `max` (over unpadded positions) or `cls` (the first token). `classifier_dropout` is
+    the rate of the checkpoint's own head, by default `hidden_dropout_prob`.
     """
 
     vocab_size: int = 30522
@@ -43,12 +45,21 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
-    pool: str = "pooler"
+    classifier_dropout: float | None = None
+    pool: str | None = "pooler"
+
+    kind: ClassVar[str] = "BERT"
+    pools: ClassVar[tuple[str | None, ...]] = POOLS
+    fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Fields of which the family has but one value."""
 
     def __post_init__(self):
+        for name, value in self.fixed.items():
+            if getattr(self, name) != value:
+                raise ConfigError(f"{self.kind} has only {name}={value!r}, got {getattr(self, name)!r}")
         for name in _SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if name not in self.fixed and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer above 0, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -56,8 +67,13 @@ class BertConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(f"hidden_act {self.hidden_act!r} is not among {sorted(ACTIVATIONS)}")
-        if self.pool not in POOLS:
-            raise ConfigError(f"pool {self.pool!r} is not among {POOLS}")
+        if self.pool not in self.pools:
+            raise ConfigError(f"pool {self.pool!r} is not among {self.pools}")
+
+    @property
+    def head_dropout(self) -> float:
+        """The rate of the checkpoint's own head."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
     @property
     def max_length(self) -> int:
@@ -76,16 +92,31 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
     Raises:
       ConfigError: settings that this family does not have, such as relative positions.
     """
-    check_overrides(BertConfig, overrides)
-    fields = {field.name for field in dataclasses.fields(BertConfig)}
-    unsupported = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
-    unsupported |= {"tie_word_embeddings": True}
-    for name, value in unsupported.items():
+    return parsed(BertConfig, settings, folder, overrides)
+
+
+_SUPPORTED = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+}
+"""Settings of which jtl has but one value."""
+
+
+def parsed(
+    config: type[BertConfig], settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[str, Any]
+) -> Any:
+    """As `parse`, for the configuration of a family that has BERT's modules."""
+    check_overrides(config, overrides)
+    for name, value in _SUPPORTED.items():
         if settings.get(name, value) != value:
-            raise ConfigError(f"config.json sets {name}={settings[name]!r}; jtl's BERT has only {name}={value!r}")
-    chosen = {name: value for name, value in settings.items() if name in fields}
+            raise ConfigError(
+                f"config.json sets {name}={settings[name]!r}; jtl's {config.kind} has only {name}={value!r}"
+            )
     pooling = None if folder is None or "pool" in overrides else _sentence_pooling(folder)
-    return BertConfig(**{**chosen, **({"pool": pooling} if pooling else {}), **overrides})
+    chosen = fields_from_json(config, settings) | ({"pool": pooling} if pooling else {})
+    return config(**{**chosen, **overrides})
 
 
 def _sentence_pooling(folder: Path) -> str | None:
@@ -106,15 +137,7 @@ def _sentence_pooling(folder: Path) -> str | None:
 
 
 def settings(config: BertConfig, outputs: int | None) -> dict[str, Any]:
-    """The `config.json` of transformers, without the name of a class.
-
-    Raises:
-      ConfigError: transformers has no such pooling.
-    """
+    """The `config.json` of transformers, without the name of a class."""
     del outputs
-    if config.pool != "pooler":
-        raise ConfigError(
-            f"transformers' BERT pools by its pooler alone, this model by {config.pool!r}: load it with pool='pooler'"
-        )
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "pool"}
-    return {"model_type": "bert", **fields}
+    return {"model_type": "bert", **fields}  # where it is a field, that of the configuration

@@ -11,12 +11,15 @@ from jtl.models.family import Family
 FAMILIES: dict[str, str] = {
     "bert": "jtl.models.bert",
     "deit": "jtl.models.vit",
+    "distilbert": "jtl.models.distilbert",
     "efficientnet": "jtl.models.efficientnet",
     "gpt2": "jtl.models.gpt2",
     "mobilenet_v2": "jtl.models.mobilenet_v2",
     "resnet": "jtl.models.resnet",
+    "roberta": "jtl.models.roberta",
     "vgg": "jtl.models.vgg",
     "vit": "jtl.models.vit",
+    "xlm-roberta": "jtl.models.roberta",
 }
 """The module of each family, by the `model_type` of its checkpoints."""
 
