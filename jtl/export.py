@@ -79,8 +79,8 @@ def _as_transformers(
     settings = family.settings(config, outputs)  # pyright: ignore[reportOptionalCall]: naming has refused its absence
     prefix = family.prefix(settings.get("model_type"))
     if prefix:
-        settings["architectures"] = [prefix + (task_of(model) or "Model")]
-    if outputs is not None and type(model.head) is not heads.Span:
+        settings["architectures"] = [prefix + (task_of(model) or family.bare(config))]
+    if outputs is not None and not _has_own_outputs(model):
         names = list(classes) or [f"LABEL_{k}" for k in range(outputs)]
         if len(names) != outputs:
             raise ConfigError(f"{len(names)} names of classes for a head of {outputs} outputs")
@@ -96,6 +96,12 @@ def _as_transformers(
         if path.endswith("/mean"):  # PyTorch counts batches beside the statistics, and reads the count nowhere
             tensors[source.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
     return settings, tensors
+
+
+def _has_own_outputs(model: Any) -> bool:
+    """Whether the outputs of a head are no classes: positions, or the words of the model."""
+    tasks = registry.of_model(model).layouts[0].tasks
+    return type(model.head) is heads.Span or (bool(tasks) and tasks[task_of(model) or ""].outputs is None)
 
 
 def describe(model: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -75,11 +75,15 @@ class Task(NamedTuple):
       head: `(config, outputs)` to the module.
       keys: a configuration to the rules of the head's leaves.
       outputs: the path of a leaf whose last axis is as wide as the outputs; None where their number is the model's own.
+      fits: whether the model of a configuration can have it.
+      backbone: as of `Family`, where this class differs.
     """
 
     head: Callable[[Any, int], nn.Module]
     keys: Callable[[Any], Sequence[KeyRule]]
     outputs: str | None = "head/kernel"
+    fits: Callable[[Any], bool] = lambda config: True
+    backbone: str | None = None
 
 
 class KeyLayout(NamedTuple):
@@ -137,12 +141,13 @@ class Family(NamedTuple):
       adapt: `(config, path, array, shape)` to an array of the shape that a leaf needs, where a checkpoint for
         another size of input can be changed into it.
       settings: `(config, outputs)` to the `config.json` of transformers; None where that has no such model.
-      settle: `(config, names)` to the configuration of a checkpoint whose tensors have these names, where its
-        settings leave something open.
+      settle: `(config, tensors)` to the configuration of a checkpoint with these tensors by name, where its settings
+        leave something open.
       classes: what the names of transformers' classes begin with, such as "Bert", where there are tasks; by the model
         type where several share the family.
       needs: fields of the configuration by the end of the name of a class, "Model" without a head, with the values
         with which alone that class computes the same.
+      bare: a configuration to the end of the name of the class without a head.
       backbone: what the names of the tensors begin with in classes with a head; by default the model type.
       variants: configurations by the names of timm.
       licence: of the usual checkpoints.
@@ -160,9 +165,10 @@ class Family(NamedTuple):
     head: Callable[[Any, int], nn.Module] = lambda config, outputs: heads.Linear(outputs)
     adapt: Callable[[Any, str, np.ndarray, tuple[int, ...]], np.ndarray] = lambda config, path, array, shape: array
     settings: Callable[[Any, int | None], dict[str, Any]] | None = None
-    settle: Callable[[Any, Iterable[str]], Any] = lambda config, names: config
+    settle: Callable[[Any, Mapping[str, np.ndarray]], Any] = lambda config, tensors: config
     classes: str | Mapping[str, str] = ""
     needs: Mapping[str, Mapping[str, Sequence[Any]]] = MappingProxyType({})
+    bare: Callable[[Any], str] = lambda config: "Model"
     backbone: str | None = None
     variants: Mapping[str, Any] = MappingProxyType({})
     licence: str = ""

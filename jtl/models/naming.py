@@ -22,7 +22,8 @@ def task_of(model: Any) -> str | None:
     family = registry.of_model(model)
     if model.head is None:
         return None
-    tasks, prefix = family.layouts[0].tasks, family.prefix(getattr(model.config, "model_type", None))
+    prefix = family.prefix(getattr(model.config, "model_type", None))
+    tasks = {name: task for name, task in family.layouts[0].tasks.items() if task.fits(model.config)}
     for name, task in tasks.items():
         if like(task.head(model.config, getattr(model.head, "outputs", 0)), model.head):
             return name
@@ -56,7 +57,7 @@ def layout_of(model: Any) -> KeyLayout:
 
 def _check_needs(model: Any) -> None:
     family = registry.of_model(model)
-    task = (task_of(model) or "Model") if family.needs else ""
+    task = (task_of(model) or family.bare(model.config)) if family.needs else ""
     prefix = family.prefix(getattr(model.config, "model_type", None))
     for name, values in family.needs.get(task, {}).items():
         if getattr(model.config, name) not in values:
@@ -77,7 +78,8 @@ def naming(model: Any) -> Callable[[str], tuple[str, Layout]]:
         raise ConfigError(f"transformers has no model of the family {family.name}: use format='jtl'")
     _check_needs(model)
     keys = layout.keys(config)
-    backbone = family.backbone
+    task = layout.tasks.get(task_of(model) or "") if layout.tasks else None
+    backbone = family.backbone if task is None or task.backbone is None else task.backbone
     if backbone is None:
         backbone = f"{family.settings(config, getattr(model.head, 'outputs', None))['model_type']}."
 

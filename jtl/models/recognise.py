@@ -181,7 +181,7 @@ def _head(
         return None if outputs is None else family.head(config, outputs), layout
     architecture = str(next(iter(settings.get("architectures") or ()), ""))
     prefix = family.prefix(settings.get("model_type"))
-    name = next((name for name in layout.tasks if architecture == prefix + name), None)
+    name = next((name for name, t in layout.tasks.items() if architecture == prefix + name and t.fits(config)), None)
     if name is None:  # a backbone, or the heads of pretraining, which several tasks share
         return None, layout
     task, layout = layout.tasks[name], layout.of_task(name)

@@ -1,0 +1,169 @@
+"""The settings of a T5, from and to those of transformers."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jtl.activations import ACTIVATIONS
+from jtl.errors import ConfigError
+from jtl.models.family import check_overrides, fields_from_json
+
+_SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
+_ENCODERS = ("EncoderModel", "ForTokenClassification")
+"""The ends of the names of transformers' classes that have no decoder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The settings of a T5 model, named as in `config.json`, with the same defaults.
+
+    `feed_forward_proj` is the activation between a block's dense layers, such as "relu" (version 1.0) or "gated-gelu"
+    (1.1, FLAN-T5, mT5), whose GELU is that of `gelu_new`. `num_decoder_layers` is by default `num_layers`, and
+    `decoder_start_token_id` by default the padding. `tie_word_embeddings` says whether the head of the checkpoint's own
+    is the table of words, and `scale_decoder_outputs` whether the decoder's outputs are divided by the root of
+    `d_model` before such a head. The model of version 1.0 has both, later ones neither.
+
+    With `encoder_only` there is no decoder, as in `T5EncoderModel`; `jtl.load(source, encoder_only=True)` leaves that
+    of a checkpoint out.
+    """
+
+    model_type: str = "t5"
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"
+    pad_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 1
+    decoder_start_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    scale_decoder_outputs: bool = True
+    classifier_dropout: float = 0.0
+    encoder_only: bool = False
+
+    def __post_init__(self):
+        derived = {"num_decoder_layers": self.num_layers, "decoder_start_token_id": self.pad_token_id}
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, least in {**dict.fromkeys(_SIZES, 1), "decoder_start_token_id": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self._check_choices()
+        self._check_distances()
+
+    def _check_choices(self) -> None:
+        if self.model_type not in CLASSES:
+            raise ConfigError(f"model_type {self.model_type!r} is not among {sorted(CLASSES)}")
+        gate, _, activation = self.feed_forward_proj.rpartition("-")
+        if gate not in ("", "gated") or activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"feed_forward_proj {self.feed_forward_proj!r}: expected one of {sorted(ACTIVATIONS)}, or 'gated-' and "
+                "one of them"
+            )
+
+    def _check_distances(self) -> None:
+        count, furthest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if not isinstance(count, int) or count < 4:
+            raise ConfigError(
+                f"relative_attention_num_buckets={count!r}: expected an integer of at least 4, two for each direction"
+            )
+        if not isinstance(furthest, int) or furthest <= count // 2:
+            raise ConfigError(
+                f"relative_attention_max_distance={furthest!r}: expected an integer above {count // 2}, as half of the "
+                f"{count} buckets hold one distance each"
+            )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first of a block's dense layers is multiplied by another one."""
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def activation(self) -> str:
+        """By its name in `jtl.activations`."""
+        if self.feed_forward_proj == "gated-gelu":
+            return "gelu_new"
+        return self.feed_forward_proj.removeprefix("gated-")
+
+    @property
+    def max_length(self) -> None:
+        """The most tokens of an input: any number, positions are relative."""
+        return None
+
+
+CLASSES = {"t5": "T5", "mt5": "MT5"}
+"""What the names of transformers' classes begin with, by model type."""
+
+MT5: dict[str, Any] = {
+    "model_type": "mt5",
+    "vocab_size": 250112,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "feed_forward_proj": "gated-gelu",
+    "scale_decoder_outputs": False,
+}
+"""The defaults of mT5 where they are not those of T5. Its outputs are never scaled."""
+
+
+def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[str, Any]) -> T5Config:
+    """The configuration of a checkpoint.
+
+    Whether outputs are scaled has been a setting of its own since version 5 of transformers; before, a T5 that is not
+    tied was not scaled.
+
+    Args:
+      settings: the parsed `config.json`.
+      folder: where it lies; not looked into.
+      overrides: fields that the caller sets.
+
+    Raises:
+      ConfigError: settings that this family does not have.
+    """
+    del folder
+    check_overrides(T5Config, overrides)
+    architecture = str(next(iter(settings.get("architectures") or ()), ""))
+    chosen: dict[str, Any] = {
+        "scale_decoder_outputs": settings.get("tie_word_embeddings") is not False,
+        "encoder_only": architecture.endswith(_ENCODERS),
+        **(MT5 if settings.get("model_type") == "mt5" else {}),
+    }
+    return T5Config(**{**chosen, **fields_from_json(T5Config, settings), **overrides})
+
+
+def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:
+    """The configuration of a checkpoint whose settings say that it is tied.
+
+    Version 5 of transformers says so whatever there is, and writes a second table where the two differ. Older files of
+    PyTorch hold the one table under both names.
+
+    Args:
+      config: from `parse`.
+      tensors: the checkpoint's, by name.
+    """
+    names = ("shared.weight", "lm_head.weight")
+    if not config.tie_word_embeddings or config.encoder_only or not all(name in tensors for name in names):
+        return config
+    words, head = (tensors[name] for name in names)
+    return dataclasses.replace(config, tie_word_embeddings=bool(np.array_equal(words, head)))
+
+
+def settings(config: T5Config, outputs: int | None) -> dict[str, Any]:
+    """The `config.json` of transformers, without the name of a class."""
+    del outputs
+    ours = ("encoder_only", *(("scale_decoder_outputs",) if config.model_type == "mt5" else ()))
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ours}
+    return {**fields, "is_encoder_decoder": not config.encoder_only}
