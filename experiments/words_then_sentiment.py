@@ -105,7 +105,8 @@ def transfer(
     variables = jax.jit(model.init)(jax.random.key(seed), np.ones((1, LENGTH), np.int32))
     if start is not None:
         variables = {"params": {**start["params"], "head": variables["params"]["head"]}}
-    numbered = parts["train"]._replace(columns={"row": np.arange(parts["train"].size)})
+    whole = parts["train"]
+    numbered = Examples({"row": np.arange(whole.size)}, whole.labels, whole.classes)
     rows = examples.subset(numbered, count, seed=seed)
     train = labelled([ids["train"][row] for row in rows.columns["row"]], rows.labels, seed, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(5e-4, steps)))

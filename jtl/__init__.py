@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jtl import comparing as comparing
     from jtl import data as data
     from jtl import errors as errors
+    from jtl import generation as generation
     from jtl import heads as heads
     from jtl import losses as losses
     from jtl import masks as masks
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from jtl.comparing import compare as compare
     from jtl.compiling import keep_compiled as keep_compiled
     from jtl.export import save as save
+    from jtl.generation import generate as generate
     from jtl.interop import from_function as from_function
     from jtl.interop import from_nnx as from_nnx
     from jtl.loop import Report as Report
@@ -87,6 +89,7 @@ _MODULES = (
     "comparing",
     "data",
     "errors",
+    "generation",
     "heads",
     "losses",
     "masks",
@@ -136,6 +139,7 @@ _NAMES = {
     "fit": "loop",
     "from_function": "interop",
     "from_nnx": "interop",
+    "generate": "generation",
     "init": "state",
     "keep_compiled": "compiling",
     "label": "rules",

@@ -27,7 +27,9 @@ FAMILIES: dict[str, str] = {
 
 ARCHITECTURES: dict[str, str] = {
     "deit*": "vit",
+    "distilgpt2": "gpt2",
     "efficientnet*": "efficientnet",
+    "gpt2*": "gpt2",
     "mobilenet*v2*": "mobilenet_v2",
     "resnet*": "resnet",
     "tf_efficientnet*": "efficientnet",

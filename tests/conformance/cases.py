@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 
 import jtl
 from jtl.models.bert import Bert, BertConfig
+from jtl.models.gpt2 import GPT2
+from jtl.models.gpt2_config import GPT2Config
+from jtl.models.t5 import T5
+from jtl.models.t5_config import T5Config
 
 from . import pictures
 
@@ -158,7 +162,20 @@ def bert() -> tuple[Any, dict[str, Any]]:
         max_position_embeddings=8,
         initializer_range=0.5,
     )
-    model = Bert(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5))
+    return started(Bert(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
+
+
+def gpt2() -> tuple[Any, dict[str, Any]]:
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5)
+    return started(GPT2(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
+
+
+def t5() -> tuple[Any, dict[str, Any]]:
+    config = T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    return started(T5(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
+
+
+def started(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     inputs = {name: value for name, value in tokens(0).items() if name != "label"}
     return model, jax.jit(model.init)(jax.random.key(7), **inputs)
 
@@ -201,6 +218,17 @@ CASES = {
         # Softmax takes no notice of what is added to every score of a row.
         flat=("encoder/layer_*/attention/key/bias",),
     ),
+    "gpt2": Case(
+        gpt2,
+        tokens,
+        {"head": HEAD, "last block": HEAD | jtl.select("decoder/layer_0"), "everything": jtl.everything()},
+        flat=("decoder/layer_*/attention/qkv/bias",),
+    ),
+    "t5": Case(
+        t5,
+        tokens,
+        {"head": HEAD, "decoder": HEAD | jtl.select("decoder"), "everything": jtl.everything()},
+    ),
     "nnx": Case(
         lambda: jtl.from_nnx(NnxNet(nnx.Rngs(7))),
         vectors,
@@ -233,7 +261,8 @@ HARDEST = "apply_if_finite"
 MASKED = [(case, mask) for case in CASES for mask in CASES[case].masks]
 RUNS = [(*pair, HARDEST) for pair in MASKED]
 RUNS += [(case, list(CASES[case].masks)[1], chain) for case in CASES for chain in CHAINS if chain != HARDEST]
-RUNS = [one for one in RUNS if one[0] not in pictures.CONFIGS or one[2] == HARDEST]  # chains know no model
+ONCE = (*pictures.CONFIGS, "gpt2", "t5")
+RUNS = [one for one in RUNS if one[0] not in ONCE or one[2] == HARDEST]  # chains know no model
 
 
 @functools.cache

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 import jtl
 from jtl.errors import ConfigError, DataError, WeightsError
-from jtl.models import naming, t5, t5_blocks, t5_config
+from jtl.models import t5, t5_blocks, t5_config
 from jtl.models.attention import KeyValues
 from jtl.models.t5_config import T5Config
 from jtl.pretrained import shapes
-from jtl.weights import convert
+
+from .text_parity import by_path, check_gradients, to_torch
 
 # The width of all heads together is not that of the model, heads are odd, far positions share buckets.
 TINY = {
@@ -90,17 +91,11 @@ def _inputs(case):
     return {name: value.astype(np.int32) for name, value in inputs.items()}
 
 
-def _torch_inputs(inputs):
-    import torch
-
-    return {name: torch.from_numpy(value).long() for name, value in inputs.items()}
-
-
 def _expected(reference, inputs):
     """The reference's outputs, as the one array that jtl's model gives."""
     import torch
 
-    out = reference(**_torch_inputs(inputs))
+    out = reference(**to_torch(inputs))
     if "start_logits" in out:
         return torch.stack([out.start_logits, out.end_logits], dim=1)
     return out.logits if "logits" in out else out.last_hidden_state
@@ -113,14 +108,6 @@ def _weights(case, inputs, shape):
         return random / random.size
     real = LABELS != jtl.labels.IGNORED if "decoder_input_ids" in inputs else inputs["attention_mask"] != 0
     return random * real[..., None] / random.size
-
-
-def _by_path(model, named):
-    """Torch tensors by name, as a tree of the model's params."""
-    layout = naming.layout_of(model)
-    values = {layout.rename(name): value.detach().float().numpy() for name, value in named}
-    target = shapes(t5.FAMILY, model)["params"]
-    return convert.convert(target, values, layout.keys(model.config))
 
 
 @pytest.mark.torch
@@ -151,10 +138,8 @@ def test_outputs_loss_and_gradients_are_those_of_the_reference(case, tmp_path):
     if gradients is None:
         return
     right.backward()
-    wanted = _by_path(model, [(name, parameter.grad) for name, parameter in reference.named_parameters()])
-    floor = 1e-7 * float(optax.tree.norm(wanted))
-    for (path, a), b in zip(jtl.tree.leaves_with_paths(gradients), jax.tree.leaves(wanted), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + floor, path
+    wanted = by_path(model, [(name, parameter.grad) for name, parameter in reference.named_parameters()])
+    check_gradients(gradients, wanted)
     if case in STEPPED:
         _check_step(model, variables["params"], gradients, reference)
 
@@ -168,7 +153,7 @@ def _check_step(model, params, gradients, reference):
         updates = jit(lambda gradients, params: tx.update(gradients, tx.init(params), params)[0])(gradients, params)
     before = {name: parameter.detach().clone() for name, parameter in reference.named_parameters()}
     torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1).step()
-    moved = _by_path(model, [(name, p - before[name]) for name, p in reference.named_parameters()])
+    moved = by_path(model, [(name, p - before[name]) for name, p in reference.named_parameters()])
     for (path, a), b in zip(jtl.tree.leaves_with_paths(updates), jax.tree.leaves(moved), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=path)
 
@@ -180,7 +165,7 @@ def test_the_loss_of_shifted_labels_is_that_of_the_reference(tmp_path):
     reference, inputs = _reference("mt5"), _inputs("mt5")
     reference.save_pretrained(tmp_path)
     model, variables = jtl.load(tmp_path)
-    texts = _torch_inputs({name: inputs[name] for name in ("input_ids", "attention_mask")})
+    texts = to_torch({name: inputs[name] for name in ("input_ids", "attention_mask")})
     expected = reference(**texts, labels=torch.from_numpy(LABELS)).loss
     batch = {**inputs, "label": LABELS.astype(np.int32)}
     loss_fn = jtl.supervised(model, jtl.losses.per_token())
