@@ -5,7 +5,7 @@ Shape suffixes: B batch, S and T query and key positions, H heads, D width of a 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         kept: KeyValues | None = None,
         index: jax.Array | int = 0,
         deterministic: bool = True,
-    ) -> jax.Array | tuple[jax.Array, KeyValues]:
+    ) -> Any:
         """Attend.
 
         Args:
@@ -161,8 +161,8 @@ def attention_weights(
     Returns:
       `[batch, heads, queries, keys]` in the dtype of the queries; softmax in float32 at least.
     """
-    scale = q_BxSxHxD.shape[-1] ** -0.5 if scale is None else scale
-    queries = q_BxSxHxD if scale == 1 else q_BxSxHxD * scale
+    factor: float = q_BxSxHxD.shape[-1] ** -0.5 if scale is None else scale
+    queries = q_BxSxHxD if factor == 1 else q_BxSxHxD * factor
     scores_BxHxSxT = jnp.einsum("bshd,bthd->bhst", queries, k_BxTxHxD)
     scores_BxHxSxT = scores_BxHxSxT.astype(wide_dtype(scores_BxHxSxT.dtype))
     if bias is not None:

@@ -56,7 +56,7 @@ def stack(
     for run in _runs(parent, names, params) if scan else (range(i, i + 1) for i in range(count)):
         places = tuple((*parent.path, names[i]) for i in run)
 
-        def block(x: jax.Array, given: Any, places: Any = places) -> tuple[jax.Array, None]:
+        def block(x: jax.Array, given: Any, places: Any = places) -> Any:
             own, key = given
             rngs = {} if key is None else {"dropout": key}
             with modes.placed(parent, places):
