@@ -149,8 +149,9 @@ def _random(family: Family, model: Any, key: Key | None, dtype: Any, subtree: st
             return variables
         return {name: {subtree: tree[subtree]} for name, tree in variables.items() if subtree in tree}
 
-    variables = init(key)
-    return {**variables, "params": jax.tree.map(lambda leaf: convert.as_dtype(leaf, dtype), variables["params"])}
+    variables = init(key)  # a tied head has no leaf
+    params = jax.tree.map(lambda leaf: convert.as_dtype(leaf, dtype), variables.get("params", {}))
+    return {**variables, "params": params}
 
 
 def _zeros(family: Family, model: Any) -> dict[str, jax.Array]:

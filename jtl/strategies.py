@@ -280,4 +280,4 @@ def depth_groups(model: object) -> list[tuple[str, ...]]:
     Raises:
       ConfigError: the model is not of jtl's families.
     """
-    return registry.of_model(model).depth_groups(model)
+    return [group for group in registry.of_model(model).depth_groups(model) if group]

@@ -223,7 +223,7 @@ def fields_from_json(config: type, settings: Mapping[str, Any]) -> dict[str, Any
     chosen: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in types
     }
-    chosen |= {name: float(v) for name, v in chosen.items() if types[name] is float and type(v) is int}
+    chosen |= {name: float(v) for name, v in chosen.items() if types[name] in (float, float | None) and type(v) is int}
     if isinstance(chosen.get("input"), Mapping):
         check_overrides(ImageInput, chosen["input"])
         chosen["input"] = ImageInput(**fields_from_json(ImageInput, chosen["input"]))

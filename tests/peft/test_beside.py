@@ -88,7 +88,7 @@ def test_a_prompt_is_vectors_before_the_sequence_of_the_encoder():
     _, variables, adapter, attached = made("prompt")
     vectors = attached["params"]["encoder"]["prompt"]["vectors"]
     params = variables["params"]
-    x = Embeddings(CONFIG).apply({"params": params["embeddings"]}, IDS, jnp.zeros_like(IDS))
+    x, _ = Embeddings(CONFIG).apply({"params": params["embeddings"]}, IDS, jnp.zeros_like(IDS))
     x = jnp.concatenate([jnp.broadcast_to(vectors, (4, 2, 8)), x], axis=1)
     mask = jnp.concatenate([jnp.ones((4, 2), bool), MASK.astype(bool)], axis=1)
     expected = Encoder(CONFIG).apply({"params": params["encoder"]}, x, mask)[:, 2:]
@@ -130,7 +130,7 @@ class _Attending(nn.Module):
         if self.linen:
             mask = nn.make_causal_mask(x[..., 0]) if self.masked else None
             return nn.MultiHeadDotProductAttention(1, name="attention")(x, mask=mask)
-        return jtl.models.layers.SelfAttention(1, init_scale=0.5, name="attention")(jnp.asarray(x))
+        return jtl.models.attention.SelfAttention(1, init_scale=0.5, name="attention")(jnp.asarray(x))
 
 
 @each
