@@ -603,7 +603,7 @@ def test_dropout_is_random_in_training_and_off_otherwise():
         jax.jit(model.apply)(variables, images).pooled,
         jax.jit(FAMILY.build(plain, None).apply)(variables, images).pooled,
     )
-    with pytest.raises(ConfigError, match="without mask and dropout"):
+    with pytest.raises(ConfigError, match="used without dropout"):
         jax.eval_shape(lambda: apply(jax.random.key(0), attention="cudnn"))
 
 
