@@ -36,7 +36,8 @@ def task_of(model: Any) -> str | None:
 
 def like(one: nn.Module, other: nn.Module) -> bool:
     """Whether two heads compute the same, of the same parameters: all but dropout and initial values."""
-    of = [{k: v for k, v in head_settings(head).items() if k not in ("dropout", "outer_dropout", "scale")} for head in (one, other)]
+    free = ("dropout", "outer_dropout", "scale")
+    of = [{name: v for name, v in head_settings(head).items() if name not in free} for head in (one, other)]
     return type(one) is type(other) and of[0] == of[1]
 
 
