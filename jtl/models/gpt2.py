@@ -30,7 +30,7 @@ from jtl.models.gpt2_blocks import Decoder, Embeddings
 from jtl.models.gpt2_config import VARIANTS, GPT2Config, parse, settings
 from jtl.models.gpt2_layouts import LAYOUT
 from jtl.models.inputs import check_tokens
-from jtl.models.layers import call_head, layer_norm
+from jtl.models.layers import call_head, last_real, layer_norm
 
 
 class GPT2(nn.Module):
@@ -180,7 +180,7 @@ class GPT2(nn.Module):
         x, words = self.embeddings(input_ids, positions, deterministic=inference)
         texts = None if segments is None else jnp.expand_dims(segments, 2)
         x = self.norm(self.decoder(x, mask, texts, deterministic=inference))
-        return Features(x, _last(x, mask) if heads.reads(self.head) == "pooled" else None), words
+        return Features(x, last_real(x, mask) if heads.reads(self.head) == "pooled" else None), words
 
 
 def positions_of(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
@@ -202,12 +202,6 @@ def positions_of(mask: jax.Array, segments: jax.Array | None = None) -> jax.Arra
         return before
     same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)))
     return before - jax.lax.cummax(jnp.where(same, 0, before), axis=1)
-
-
-def _last(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """The last real token of each row, `[batch, width]`; the first of a row that has none."""
-    places = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1])[None], 0), axis=1)
-    return jnp.take_along_axis(x, jnp.expand_dims(places, (1, 2)), axis=1)[:, 0]
 
 
 def _of_words(head: nn.Module | None, config: GPT2Config) -> nn.Module:

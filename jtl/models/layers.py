@@ -87,6 +87,22 @@ def masked_mean(sequence: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(sequence * keep, axis=1) / jnp.maximum(jnp.sum(keep, axis=1), 1)
 
 
+def last_real(sequence: jax.Array, mask: jax.Array) -> jax.Array:
+    """The last position that counts of each row; the first of a row that has none.
+
+    Args:
+      sequence: `[batch, length, width]`.
+      mask: `[batch, length]` bool.
+
+    Returns:
+      `[batch, width]`.
+    """
+    places = jnp.arange(mask.shape[1])[None]
+    last = jnp.max(jnp.where(mask, places, 0), axis=1, keepdims=True)
+    # A sum instead of a lookup: row b plainly depends on row b alone, so the split can cut behind it.
+    return jnp.sum(jnp.where(jnp.expand_dims(places == last, -1), sequence, 0), axis=1)
+
+
 def call_head(head: nn.Module, features: Any, table: jax.Array | None = None, *, deterministic: bool) -> jax.Array:
     """Apply a head to what it reads of a backbone's features.
 

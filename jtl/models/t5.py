@@ -35,7 +35,7 @@ from jtl.labels import IGNORED
 from jtl.models.attention import KeyValues, key_values
 from jtl.models.family import Family, Features
 from jtl.models.inputs import check_tokens
-from jtl.models.layers import call_head, masked_mean
+from jtl.models.layers import call_head, last_real, masked_mean
 from jtl.models.t5_blocks import Decoder, Encoder
 from jtl.models.t5_config import CLASSES, T5Config, parse, settings, settle
 from jtl.models.t5_layouts import LAYOUT, gives_words
@@ -138,7 +138,7 @@ class T5(nn.Module):
             words, seen = decoder_input_ids, _real(decoder_input_ids, decoder_attention_mask)
             real = seen
         x = self.decoder(self.shared(words), seen, source, mask, deterministic=deterministic)
-        return Features(self._scaled(x), _last(x, real) if pooled else None)
+        return Features(self._scaled(x), last_real(x, real) if pooled else None)
 
     def start(self, input_ids: jax.Array, attention_mask: jax.Array | None = None, *, positions: int) -> Cache:
         """Read the inputs, and make room for the words to come.
@@ -235,13 +235,6 @@ class T5(nn.Module):
 
 def _real(ids: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.ones_like(ids, bool) if mask is None else mask.astype(bool)
-
-
-def _last(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`[batch, width]` at the last real token of each row; at the first of a row that has none."""
-    places = jnp.arange(mask.shape[1])[None]
-    last = jnp.max(jnp.where(mask, places, 0), axis=1, keepdims=True)
-    return jnp.sum(jnp.where(jnp.expand_dims(places == last, -1), x, 0), axis=1)
 
 
 def shift_right(labels: Any, start: int, pad: int) -> Any:
