@@ -17,7 +17,7 @@ from jtl.data import Batches
 from jtl.metrics import interval
 
 STEPS = 200
-"""Updates of a run, whatever the number of labels; of a head alone, which costs next to nothing, five times as many."""
+"""Updates of a run, or two passes where those are more; of a head alone, which costs next to nothing, five times."""
 
 METRIC = "balanced accuracy"
 COUNTS = (50, 200, 1000)
@@ -103,7 +103,7 @@ def _tuned(found: Comparison, arm: Arm) -> str:
 
 
 def _arm(task: Task, way: str, steps_per_epoch: int, tune: bool) -> Arm:
-    steps = 5 * STEPS if way == "probe" else STEPS
+    steps = max(STEPS, 2 * steps_per_epoch) * (5 if way == "probe" else 1)
     adapter = peft.lora(task.targets, rank=8) if way == "LoRA" else None
     strategy = jtl.Strategy(way, _strategy(task, way, steps).phases)
     loss_fn = _loss(task.model if adapter is None else peft.adapted(task.model, adapter))

@@ -10,6 +10,7 @@ Expected: not run yet.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 
 import jtl
-from jtl.data import Batches, Examples, examples, packing, tfds
+from jtl.data import Batches, Examples, examples, packing, text, tfds
 from jtl.metrics import interval
 from jtl.models.gpt2 import GPT2
 from jtl.models.gpt2_config import GPT2Config
@@ -67,12 +68,12 @@ def pretrain(config: GPT2Config, ids: dict[str, list[list[int]]], epochs: int) -
     """The variables after `epochs` passes over the words of the training films."""
     model = GPT2(config, jtl.heads.language_model())
     packed = {name: packing.pack(rows, LENGTH) for name, rows in ids.items()}
-    train, test = (batches(packed[name], epochs if name == "train" else 1) for name in ("train", "test"))
+    train = jtl.data.batches(packed["train"].columns, batch_size=ROWS, seed=0, epochs=epochs)
+    test = jtl.data.batches(packed["test"].columns, batch_size=ROWS)
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, train.total // 20, train.total)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))
-    loss_fn = jtl.supervised(
-        model, jtl.losses.per_token(shift=True), metrics={"perplexity": jtl.metrics.perplexity(shift=True)}
-    )
+    perplexity = functools.partial(jtl.metrics.perplexity, shift=True)
+    loss_fn = jtl.supervised(model, jtl.losses.per_token(shift=True), metrics={"perplexity": perplexity})
     variables = jax.jit(model.init)(jax.random.key(0), np.ones((1, LENGTH), np.int32))
     state, frozen = jtl.init(variables, tx, trainable=jtl.everything(), key=jax.random.key(1))
     words = sum(map(len, ids["train"]))
@@ -82,12 +83,6 @@ def pretrain(config: GPT2Config, ids: dict[str, list[list[int]]], epochs: int) -
         if report.evaluation:
             print(f"step {report.step}: perplexity {report.evaluation['perplexity']:.1f}", flush=True)
     return {} if report is None else jtl.variables(report.state, frozen)
-
-
-def batches(packed: Any, epochs: int) -> Batches:
-    """Rows of packed texts."""
-    columns = {"input_ids": packed.input_ids, "segment_ids": packed.segment_ids}
-    return jtl.data.batches(columns, packed.labels, batch_size=ROWS, epochs=epochs)
 
 
 def transfer(
@@ -116,16 +111,15 @@ def transfer(
     state, frozen = jtl.init(variables, tx, trainable=mask, key=jax.random.key(seed))
     for report in jtl.fit(loss_fn, tx, state, frozen, train.until(steps)):
         state = report.state
-    test = labelled(ids["test"], parts["test"].labels, 0, 1)
-    return float(jtl.evaluate(loss_fn, state, frozen, test)["balanced accuracy"])
+    test = labelled(ids["test"], parts["test"].labels, None, 1)
+    return float(jtl.evaluate(jax.jit(jtl.eval_step(loss_fn)), state, frozen, test)["balanced accuracy"])
 
 
-def labelled(ids: list[list[int]], labels: np.ndarray, seed: int, steps: int) -> Batches:
+def labelled(ids: list[list[int]], labels: np.ndarray, seed: int | None, steps: int) -> Batches:
     """Texts and their labels."""
     epochs = -(-steps * ROWS // len(ids))
-    return jtl.data.batches(
-        {"input_ids": ids}, labels, batch_size=ROWS, buckets=[LENGTH], seed=seed, epochs=epochs, shuffle=steps > 1
-    )
+    columns = {"input_ids": text.ragged(ids)}
+    return jtl.data.batches(columns, labels, batch_size=ROWS, buckets=[LENGTH], seed=seed, epochs=epochs)
 
 
 if __name__ == "__main__":

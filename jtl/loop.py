@@ -93,8 +93,9 @@ def fit(
       A `Report` for each batch.
 
     Raises:
-      DataError: there is no batch, or one that the loss, the mesh or `accumulate` cannot take. The first
-        batch is checked before anything is compiled.
+      DataError: there is no batch, or one that the loss, the mesh or `accumulate` cannot take. The first batch is
+        checked before anything is compiled; and with `batches` from `jtl.data.batches`, of data in memory and without
+        a transform, each row of the data is.
       CacheError, ConfigError, SplitError: `cache` is "require", and there can be none.
       ConfigError: the batches end before the strategy's last phase begins, or a plateau has nothing to go by.
     """
@@ -109,6 +110,8 @@ def fit(
             microbatches(np.empty(shape[:1], np.bool_), accumulate)  # likewise
     options = {"accumulate": accumulate} if accumulate != 1 else {}  # none by default: a step is found by its arguments
     evaluator, check = compiled_eval(loss_fn), checker(loss_fn, state, frozen)
+    if isinstance(batches, Batches):
+        _check_rows(check, batches)
     state = jax.tree.map(jnp.array, state)
     done = int(state.step)
     while True:
@@ -240,6 +243,20 @@ def evaluate(
     if total is None:
         raise DataError("there is no held-out batch to evaluate: the data set is empty")
     return {name: float(np.asarray(value)) for name, value in jmetrics.compute(total).items()}
+
+
+def _check_rows(check: Callable[[Batch], None], data: Batches) -> None:
+    """Check every row before the first step, and name the one that is refused by its place in the data."""
+    for rows, batch in data.in_order():
+        try:
+            check(batch)
+        except DataError as error:
+            for row in rows:
+                try:
+                    check(data.alone(np.array([row])))
+                except DataError as single:
+                    raise DataError(f"row {row} of the data, by itself in a batch: {single}") from error
+            raise DataError(f"rows {rows[0]} to {rows[-1]} of the data: {error}") from error
 
 
 def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -442,6 +442,26 @@ def test_an_adapted_model_writes_what_the_merged_one_writes(pair):
     assert np.any(np.asarray(got.tokens) != np.asarray(generate(model, variables, inputs, max_new_tokens=NEW).tokens))
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_with_an_adapter_that_is_never_merged_each_word_is_the_likeliest(pair, family):
+    """Against the whole text read anew for each word, through layers that decoding alone does not come by."""
+    _, model, variables = pair(family, 3)
+    adapter = jtl.peft.bottleneck(["**/up"], width=2, input_axes=())
+    attached = jtl.peft.attach(adapter, variables, key=jax.random.key(0))
+    thin = jtl.select("**/bottleneck")(attached["params"])
+    params = jax.tree.map(lambda leaf, chosen: leaf + 0.5 if chosen else leaf, attached["params"], thin)
+    attached, adapted = {**attached, "params": params}, jtl.peft.adapted(model, adapter)
+    ids = np.array([[3, 5, 4]], np.int32)
+    got = generate(adapted, attached, {"input_ids": ids}, max_new_tokens=3, eos_token_id=())
+    text = ids if family == "gpt2" else np.array([[model.config.decoder_start_token_id]], np.int32)
+    for word in np.asarray(got.tokens)[0]:
+        given = {"input_ids": text} if family == "gpt2" else {"input_ids": ids, "decoder_input_ids": text}
+        logits = adapted.apply(attached, **given)[0, -1]
+        assert word == np.argmax(logits)
+        text = np.append(text, [[word]], axis=1)
+
+
 # What a checkpoint comes with
 
 

@@ -69,6 +69,15 @@ def test_a_bad_label_in_a_later_batch_is_refused_too():
         list(run)
 
 
+@pytest.mark.parametrize("row", [0, 7, 18, 19])
+def test_a_bad_row_of_data_in_memory_is_named_before_the_first_step(row, monkeypatch):
+    monkeypatch.setattr(loop, "compiled_train", lambda *args: pytest.fail("compiled a training step"))
+    bad = np.where(np.arange(20) == row, 5, Y)
+    run = data.batches({"x": X}, bad, batch_size=3, seed=0, epochs=2)
+    with pytest.raises(errors.DataError, match=f"row {row} of the data, by itself in a batch: label 5"):
+        next(jtl.fit(LOSS, TX, *start(), run))
+
+
 def test_a_bad_held_out_label_is_refused_and_not_averaged_into_nan():
     with pytest.raises(errors.DataError, match="label 3"):
         list(jtl.fit(LOSS, TX, *start(), [batch()], held_out=lambda: [batch(y=Y + 1)]))

@@ -122,6 +122,24 @@ class Batches:
         filled = dataclasses.replace(self, layout=self.layout._replace(remainder="pad"))
         return self._prefetched(lambda step: filled.assemble(batches[step]), 0, len(batches))
 
+    def in_order(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Every row once, in the order of the data, at the largest length, with the numbers of a batch's rows.
+
+        Nothing where looking at each row would cost as much as training on it: with a transform, or where a column is
+        mapped from a file.
+        """
+        values = [column.values if isinstance(column, Ragged) else column for column in self.columns.values()]
+        if self.transform is not None or any(isinstance(array, np.memmap) for array in values):
+            return
+        for start in range(0, self.rows, self.layout.batch_size):
+            rows = np.arange(start, min(start + self.layout.batch_size, self.rows))
+            yield rows, self.alone(rows)
+
+    def alone(self, rows: np.ndarray) -> Batch:
+        """A batch of these rows at the largest length, filled up with copies of weight 0; at most a batch's size."""
+        filled = dataclasses.replace(self, layout=self.layout._replace(remainder="pad", shards=1), shard=0)
+        return filled.assemble(plans.Batch(max(self.layout.buckets), rows))
+
     def _prefetched(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
         try:
             import grain
@@ -137,6 +155,11 @@ class Batches:
     def total(self) -> int:
         """The number of batches of the whole run, from its beginning to the end of the last epoch."""
         return self.epochs * self.steps_per_epoch
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the data, N."""
+        return len(self.layout.bucket_of_row)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,7 +180,7 @@ class Batches:
         layout = self.layout
         buckets = ",".join(map(str, layout.buckets))
         return (
-            f"rows={len(layout.bucket_of_row)} batch={layout.batch_size} seed={self.seed} "
+            f"rows={self.rows} batch={layout.batch_size} seed={self.seed} "
             f"shards={layout.shards} remainder={layout.remainder} buckets={buckets} "
             f"data={_digest(self.columns, self.labels)}{'' if layout.classes is None else ' balanced'}"
         )

@@ -138,6 +138,30 @@ def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:
         raise errors.ConfigError(f"max_length={max_length}: expected above {special}, the number of special tokens")
 
 
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
+    """Refuse a tokenizer that is not the one a model was trained with, as far as ids can tell.
+
+    Args:
+      tokenizer: of Hugging Face.
+      config: of the model, with `vocab_size` and perhaps `pad_token_id`.
+
+    Raises:
+      ConfigError: a token has no row in the model's table, or the two mean different tokens by padding.
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last >= config.vocab_size:
+        raise errors.ConfigError(
+            f"the tokenizer's token {token!r} has the id {last}, and the model knows 0 to {config.vocab_size - 1}: "
+            "the tokenizer is not the one that the model was trained with, or tokens were added to it"
+        )
+    theirs, ours = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise errors.ConfigError(
+            f"padding is {theirs} ({tokenizer.pad_token!r}) to the tokenizer and {ours} to the model: "
+            "the tokenizer is not the one that the model was trained with"
+        )
+
+
 def check_tokens(what: str, start: int, texts: Sequence[Any], encodings: Sequence[Any]) -> None:
     """Refuse a row without any token of its text: it would train on its special tokens alone.
 
@@ -163,7 +187,7 @@ def padding(tokenizer: Any) -> int:
 
 
 def buckets(lengths: np.ndarray, *, max_length: int, max_buckets: int = 4) -> tuple[int, ...]:
-    """The padded lengths that waste the fewest tokens, from 8, 16, 24, ..., 64, 80, 96, ..., 128, 160, ...
+    """The padded lengths that waste the fewest tokens, from 8, 12, 16, ..., 32, 40, 48, ..., 64, 80, 96, ...
 
     Each length is one more shape to compile. Of the candidates up to `max_length`, which is one itself, an
     exact search picks at most `max_buckets`, and fewer where more would save nothing.
@@ -194,10 +218,10 @@ def buckets(lengths: np.ndarray, *, max_length: int, max_buckets: int = 4) -> tu
 
 
 def _candidates(longest: int, max_length: int) -> list[int]:
-    """Multiples of 8 to 64, of 16 to 128, of 32 to 256, and so on, up to the first that holds `longest`."""
+    """Multiples of 4 to 32, of 8 to 64, of 16 to 128, and so on, up to the first that holds `longest`."""
     sizes = [min(8, max_length)]
     while sizes[-1] < min(longest, max_length):
-        step = max(8, 1 << (sizes[-1].bit_length() - 3))
+        step = max(4, 1 << (sizes[-1].bit_length() - 3))
         sizes.append(min(sizes[-1] + step, max_length))
     return sizes
 

@@ -32,10 +32,16 @@ def generating(model: Any) -> Any:
       model: a linen module, or a `jtl.peft.Adapted`.
 
     Raises:
-      ConfigError: it does not generate, or its head gives no logits of words.
+      ConfigError: it does not generate, its head gives no logits of words, or an adapter puts positions in front.
     """
     inner = model
     while not hasattr(inner, "decode") and hasattr(inner, "model"):
+        adapter = getattr(inner, "adapter", None)
+        if getattr(adapter, "in_front", False):
+            raise ConfigError(
+                f"what {adapter.name}() puts in front of a sequence has no place among the keys and values that are "
+                "kept while words are written; write without it, or call the model on the whole text for each word"
+            )
         inner = inner.model
     name = type(inner).__name__
     if not all(hasattr(inner, part) for part in ("start", "decode", "prompted", "config")):

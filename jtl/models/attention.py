@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
             project(name=n, use_bias=self.qkv_bias)(x).reshape(heads) for n in ("query", "key", "value")
         )
         if kept is not None:
-            kept = extended(kept, k_BxTxHxD, v_BxTxHxD, index)
+            kept = extended(kept, KeyValues(k_BxTxHxD, v_BxTxHxD), x, index)
             k_BxTxHxD, v_BxTxHxD = kept
         if self.implementation == "cudnn" and self.dropout and not deterministic:
             raise ConfigError("cudnn's fused attention is used without dropout: set implementation='xla'")
@@ -186,11 +186,17 @@ def causal(length: int, positions: int, index: jax.Array | int = 0) -> jax.Array
     return jnp.expand_dims(jnp.arange(positions)[None] <= jnp.arange(length)[:, None] + index, 0)
 
 
-def extended(kept: KeyValues, keys: jax.Array, values: jax.Array, index: jax.Array | int) -> KeyValues:
-    """Kept keys and values with those of `[batch, length, heads, width of a head]` written from `index` on."""
+def extended(kept: KeyValues, new: KeyValues, x: jax.Array, index: jax.Array | int) -> KeyValues:
+    """Kept keys and values with those of `x`, `[batch, length, width]`, written from `index` on.
+
+    Raises:
+      ConfigError: there are more of them than `x` has positions: an adapter put some in front.
+    """
+    if new.keys.shape[1] != x.shape[1]:
+        raise ConfigError("trained keys and values have no place among those that are kept: write without prefix()")
     at = (0, index, 0, 0)
-    new = (x.astype(old.dtype) for old, x in zip(kept, (keys, values), strict=True))
-    return KeyValues(*(jax.lax.dynamic_update_slice(old, x, at) for old, x in zip(kept, new, strict=True)))
+    pairs = zip(kept, new, strict=True)
+    return KeyValues(*(jax.lax.dynamic_update_slice(old, part.astype(old.dtype), at) for old, part in pairs))
 
 
 def key_values(

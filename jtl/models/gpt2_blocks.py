@@ -64,10 +64,11 @@ class Attention(nn.Module):
         """Attend; see `jtl.models.attention.SelfAttention`."""
         c = self.config
         fused = Dense(3 * c.n_embd, c.initializer_range, self.dtype, name="qkv")(x)
-        heads_of = (*x.shape[:2], c.n_head, c.n_embd // c.n_head)
+        heads_of = (len(x), -1, c.n_head, c.n_embd // c.n_head)
         q_BxSxHxD, k_BxTxHxD, v_BxTxHxD = (part.reshape(heads_of) for part in jnp.split(fused, 3, axis=-1))
+        q_BxSxHxD = q_BxSxHxD[:, q_BxSxHxD.shape[1] - x.shape[1] :]  # an adapter may add keys and values in front
         if kept is not None:
-            kept = extended(kept, k_BxTxHxD, v_BxTxHxD, index)
+            kept = extended(kept, KeyValues(k_BxTxHxD, v_BxTxHxD), x, index)
             k_BxTxHxD, v_BxTxHxD = kept
         if c.reorder_and_upcast_attn:
             q_BxSxHxD, k_BxTxHxD, v_BxTxHxD = (

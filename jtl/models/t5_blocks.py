@@ -238,10 +238,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, KeyValues]:
         """A part of rows from `index` on, of which the earlier keys and values are kept; gives those with its own."""
         y = self.attention_norm(x)
-        new = self.attention.keys_and_values(y)
-        if new.keys.shape[1] != x.shape[1]:
-            raise ConfigError("trained keys and values have no place among those that are kept: write without prefix()")
-        kept = extended(kept, *new, index)
+        kept = extended(kept, self.attention.keys_and_values(y), y, index)
         return self._attended(x, y, kept, mask, bias, known, source_mask), kept
 
     def _attended(

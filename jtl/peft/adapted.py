@@ -46,7 +46,8 @@ class Adapted:
             with nn.intercept_methods(_interceptor(self.adapter, served, spoilt)), reopening():
                 outputs = self.model.apply(variables, *args, **kwargs)
             unserved -= served - spoilt
-            if not unserved:
+            # A method of the model's own, such as one that encodes alone, need not come by every layer.
+            if not unserved or (self.adapter.needs_call and "method" in kwargs and not unserved & spoilt):
                 return outputs
         if self.adapter.needs_call:
             raise ConfigError(
@@ -85,7 +86,7 @@ def adapted(model: Any, adapter: Adapter) -> Adapted:
 
 def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callable[..., Any]:
     if adapter.around is not None:
-        return _around(adapter.name, adapter.around, served)
+        return _around(adapter.name, adapter.around, served, spoilt)
     change = adapter.call
 
     def intercept(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
@@ -111,7 +112,9 @@ def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callab
     return intercept
 
 
-def _around(name: str, change: Callable[[Call, Any], Any], served: set[str]) -> Callable[..., Any]:
+def _around(
+    name: str, change: Callable[[Call, Any], Any], served: set[str], spoilt: set[str]
+) -> Callable[..., Any]:
     """For an adapter of whole modules: the module with the leaves, and those right below it."""
 
     def intercept(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
@@ -121,7 +124,10 @@ def _around(name: str, change: Callable[[Call, Any], Any], served: set[str]) -> 
                 part = _part(owner, name)
                 if part:
                     served.update(paths(owner))
+                    spoilt.difference_update(served)
                     return change(Call(next_fun, args, kwargs, child), part)
+        elif context.method_name != "setup" and _part(module, name):
+            spoilt.update(set(paths(module)) - served)  # unless something below it is called, and serves it
         return next_fun(*args, **kwargs)
 
     return intercept

@@ -72,6 +72,7 @@ class Adapter(NamedTuple):
         is for dropout, None in inference.
       around: `(call, part) -> outputs` of any module and those right below it, for what is not of one layer.
       needs_call: whether merging does not say all, as with dropout.
+      in_front: whether it puts positions in front of those of a sequence.
       settings: what it was made with.
     """
 
@@ -81,6 +82,7 @@ class Adapter(NamedTuple):
     call: Callable[[Layer, Params, Key | None], Any] | None = None
     around: Callable[[Call, Params], Any] | None = None
     needs_call: bool = False
+    in_front: bool = False
     settings: Any = None
 
 

@@ -31,7 +31,7 @@ class _Prefix(NamedTuple):
     targets: Targets
     length: int
     scale: float
-    names: tuple[str, str]
+    names: tuple[str, ...]
 
 
 def prompt(target: str = "encoder", *, length: int = 20, width: int | None = None, scale: float = 0.02) -> Adapter:
@@ -59,10 +59,8 @@ def prompt(target: str = "encoder", *, length: int = 20, width: int | None = Non
     _check_length(length)
     rules.compile_pattern(target)
     settings = _Prompt(target, length, width, scale)
-    merge = functools.partial(_merge, "prompt")
-    return Adapter(
-        "prompt", functools.partial(_new_prompt, settings), merge, around=_prompted, needs_call=True, settings=settings
-    )
+    init, merge = functools.partial(_new_prompt, settings), functools.partial(_merge, "prompt")
+    return Adapter("prompt", init, merge, around=_prompted, needs_call=True, in_front=True, settings=settings)
 
 
 def prefix(
@@ -70,7 +68,7 @@ def prefix(
     *,
     length: int = 10,
     scale: float = 0.02,
-    names: tuple[str, str] = ("key", "value"),
+    names: Sequence[str] = ("key", "value"),
     stacked: Sequence[str] = (),
 ) -> Adapter:
     """Trained keys and values in front of those that attention computes.
@@ -80,7 +78,8 @@ def prefix(
         in `prompt`.
       length: number of keys.
       scale: standard deviation of the initial keys and values.
-      names: of the dense layers that give keys and values.
+      names: of the dense layers that give keys and values; `["qkv"]` for GPT-2, where one gives queries as well, whose
+        part of a trained vector is not used.
       stacked: as in `lora`.
 
     Raises:
@@ -91,10 +90,10 @@ def prefix(
       Li and Liang, Prefix-tuning, 2021 (arXiv 2101.00190), without its reparametrisation.
     """
     _check_length(length)
-    settings = _Prefix(kernels.targets(targets, (), stacked), length, scale, names)
+    settings = _Prefix(kernels.targets(targets, (), stacked), length, scale, tuple(names))
     init, merge = functools.partial(_new_prefix, settings), functools.partial(_merge, "prefix")
     around = functools.partial(_prefixed, settings)
-    return Adapter("prefix", init, merge, around=around, needs_call=True, settings=settings)
+    return Adapter("prefix", init, merge, around=around, needs_call=True, in_front=True, settings=settings)
 
 
 def _check_length(length: int) -> None:
@@ -166,7 +165,10 @@ def _new_prefix(settings: _Prefix, params: Params, key: Key) -> Params:
             found.setdefault(module, {})[name] = leaf
     for pattern in patterns:
         if not any(rules.matches(pattern, module) and set(found[module]) == set(settings.names) for module in found):
-            raise ConfigError(f"{pattern!r} names no module with the dense layers {' and '.join(settings.names)}")
+            listed = " and ".join(settings.names)
+            raise ConfigError(
+                f"{pattern!r} names no module with the dense layers {listed}; name them with names=, of GPT-2 ['qkv']"
+            )
     delta: Params = {}
     for (module, leaves), inner in zip(sorted(found.items()), jax.random.split(key, len(found)), strict=True):
         keys = jax.random.split(inner)

@@ -1,6 +1,8 @@
 """`jtl finetune`: a user's own labelled texts or pictures, from files to a trained model in a folder."""
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 import jtl
-from jtl.data import Examples
+from jtl import strategies
+from jtl.data import Batches, Examples
 from jtl.errors import ConfigError
 from jtl.recipes import progress, task, training, ways
 from jtl.recipes.settings import Finetune
 from jtl.weights.folders import check_new
+
+_BATCHES = 8
+"""That the gradients are taken of by which surgical fine-tuning chooses."""
 
 
 def run(settings: Finetune, console: Console) -> training.Outcome:
@@ -37,8 +43,10 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     given = task.task(settings, settings.seed, console, augment=settings.augment, **kind)
     run_key = jax.random.split(jax.random.key(settings.seed))[1]
     order = {"seed": settings.seed, "epochs": settings.epochs, "augment": settings.augment}
+    order["stride"] = settings.stride
     batches, augment, (test,) = task.batches(settings, given, [given.held_out], console, **order)
-    way = ways.way(settings, given.model, given.variables["params"], len(batches))
+    norms = functools.partial(_norms, given, batches, augment, run_key)
+    way = ways.way(settings, given.model, given.variables["params"], len(batches), norms)
     loss_fn = jtl.supervised(way.model(given.model), given.goal.loss, metrics=given.goal.metrics)
     mesh = jtl.parallel.data_mesh() if jax.device_count() > 1 else None
     with progress.steps(console) as advance:
@@ -79,6 +87,21 @@ def _check(settings: Finetune) -> None:
     if settings.batch_size % devices:
         few = "smaller than" if settings.batch_size < devices else "not a multiple of"
         raise ConfigError(f"a batch of {settings.batch_size} examples is {few} the {devices} devices")
+
+
+def _norms(given: task.Task, batches: Batches, augment: Any, key: jax.Array, groups: ways.Groups) -> Any:
+    """The relative gradient norm of each group, under a head that was trained for an epoch."""
+    loss_fn, epoch = jtl.supervised(given.model, given.goal.loss), batches.until(batches.steps_per_epoch)
+    probe = strategies.feature_extraction(training.optimizer(ways.PROBE, len(epoch)))
+
+    def data(run: Batches) -> Iterable[Any]:
+        return run if augment is None else jtl.augment.augmented(run, augment, key)
+
+    state, frozen = jtl.init(given.variables, probe, key=key)
+    for report in jtl.fit(loss_fn, probe, state, frozen, data(epoch)):
+        state = report.state
+    some = data(batches.until(min(_BATCHES, len(epoch))))
+    return jtl.surgery.gradient_norms(loss_fn, jtl.variables(state, frozen), some, groups, key=key)
 
 
 def _print(name: str, outcome: training.Outcome, held_out: Examples, console: Console) -> None:

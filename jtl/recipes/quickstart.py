@@ -22,7 +22,7 @@ import jtl
 from jtl import strategies
 from jtl.data import Examples, examples, text, tfds
 from jtl.errors import ConfigError, missing_extra
-from jtl.recipes import progress, training
+from jtl.recipes import progress, texts, training
 from jtl.recipes.settings import Quickstart
 from jtl.weights import assets
 
@@ -114,11 +114,11 @@ def _outcomes(
     advance: Callable[[str, int], progress.OnStep],
 ) -> Iterator[training.Outcome]:
     sizes: dict[str, Any] = {"max_length": settings.max_length, "batch_size": settings.batch_size}
-    test, _ = training.text_batches(tokenizer, held_out, **sizes)
+    test = texts.text_batches(tokenizer, held_out, **sizes).batches
     loss_fn = _loss(model)
     for seed in range(settings.seeds):
         subset = examples.subset(train, settings.labels, seed=seed)
-        batches, _ = training.text_batches(tokenizer, subset, seed=seed, epochs=way.epochs, **sizes)
+        batches = texts.text_batches(tokenizer, subset, seed=seed, epochs=way.epochs, **sizes).batches
         head_key, run_key = jax.random.split(jax.random.key(seed))
         variables = _start(model, pretrained if way.pretrained else None, head_key)
         on_step = advance(f"{way.name}, seed {seed}", len(batches))

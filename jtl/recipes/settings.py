@@ -12,7 +12,9 @@ StrategyName = Literal[
     "first-blocks",
     "full",
     "lp-ft",
+    "surgical",
     "gradual",
+    "discriminative",
     "layerwise-decay",
     "bitfit",
     "norms",
@@ -50,7 +52,11 @@ class Way:
     strategy: StrategyName = "last-blocks"
     """What to train."""
     blocks: int = 2
-    """How many blocks, for the strategies last-blocks, first-blocks and gradual."""
+    """How many blocks, for the strategies last-blocks, first-blocks and gradual, and surgical, which takes those whose
+    gradients are largest beside their weights, under a head trained for an epoch."""
+    factors: tuple[str, ...] = ()
+    """Of the learning rate, for the strategy discriminative: "PATTERN=FACTOR", of which the first match counts, such as
+    "encoder/layer_[45]=0.5" "head=1" "**=0.1"."""
     decay: float = 0.75
     """From one group of layers to the next one below it, for the strategy layerwise-decay."""
     pull: float = 1e-2
@@ -94,6 +100,8 @@ class Data:
     """Examples of a batch."""
     max_length: int = 128
     """Tokens of a text; longer ones are cut, and counted."""
+    lengths: int = 3
+    """Padded lengths of texts, at most. More of them waste less on padding, and each is compiled by itself."""
     revision: str | None = None
     """A branch, tag or commit of a hub repository."""
 
@@ -106,6 +114,9 @@ class Finetune(Way, Data):
     """What a label is: one class, any number of labels, or a number to predict."""
     separator: str = ","
     """What stands between labels, where there may be several; a field of JSONL or Parquet may also be a list."""
+    stride: int | None = None
+    """Read longer texts as windows of --max-length tokens that have so many in common, each trained on with the label
+    of its text; a text's prediction is the mean of its windows'. By default they are cut."""
     out: Path | None = None
     """A new folder for the trained model, its scores and these settings."""
     epochs: int = 3

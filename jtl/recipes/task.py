@@ -13,7 +13,7 @@ import jtl
 from jtl.data import Batches, Examples, compare, examples, picture_batches, read, text, tfds
 from jtl.errors import ConfigError, DataError
 from jtl.pretrained import build
-from jtl.recipes import goals, training
+from jtl.recipes import goals, texts, training
 from jtl.recipes.settings import AugmentName, Data, TaskName
 from jtl.weights.source import Source, resolve
 
@@ -73,7 +73,7 @@ def task(
         source = resolve(settings.model, revision=settings.revision)
         modality = _check_modality(source, train, augment)
         model, variables = jtl.load(source.path, goal.head, key=jax.random.split(jax.random.key(seed))[0])
-        tokenizer = text.tokenizer(source.path) if modality == "text" else None
+        tokenizer = _tokenizer(source, model.config) if modality == "text" else None
     if modality == "image":
         for line in compare(train, held_out).lines():
             console.print(line, markup=False, soft_wrap=True)
@@ -90,7 +90,8 @@ def batches(
     seed: int,
     epochs: int,
     augment: AugmentName = "none",
-) -> tuple[Batches, Any, list[Batches]]:
+    stride: int | None = None,
+) -> tuple[Batches, Any, list[Any]]:
     """Batches to train on, what is to be done to them on the device, and batches to evaluate on.
 
     Args:
@@ -101,9 +102,12 @@ def batches(
       seed: of the order.
       epochs: passes over the training examples.
       augment: of pictures.
+      stride: tokens that windows of a long text have in common; None to cut it. What is evaluated is `Windowed` then.
     """
     size = settings.batch_size
     if given.modality == "image":
+        if stride is not None:
+            raise ConfigError(f"stride={stride} is of windows of long texts; {given.source.name} takes pictures")
         spec = given.model.config.input
         train, change = training.training_pictures(
             given.train, spec, augment, seed=seed, epochs=epochs, batch_size=size
@@ -112,17 +116,34 @@ def batches(
         return train, change, [picture_batches(part, spec, batch_size=size) for part in held_out]
     most = given.model.config.max_length
     longest = settings.max_length if most is None else min(settings.max_length, most)
-    types = "token_type_ids" in inspect.signature(type(given.model).__call__).parameters
-    sizes: dict[str, Any] = {"max_length": longest, "batch_size": size, "types": types}
-    encode = functools.partial(training.text_batches, given.tokenizer, **sizes)
-    train, cut = encode(given.train, seed=seed, epochs=epochs)
-    tests = [encode(part, known=train.layout.buckets) for part in held_out]
-    shapes = ", ".join(f"{rows}x{length} ({count})" for (rows, length), count in sorted(train.shapes.items()))
-    console.print(f"{len(train)} steps in {len(train.shapes)} shapes: {shapes}")
-    cut_tests = sum(count for _, count in tests)
-    if cut or cut_tests:
-        console.print(f"{cut} training and {cut_tests} held-out texts were cut to {longest} tokens")
-    return train, None, [test for test, _ in tests]
+    known = inspect.signature(type(given.model).__call__).parameters
+    sizes: dict[str, Any] = {"max_length": longest, "max_buckets": settings.lengths, "batch_size": size}
+    sizes["types"] = "token_type_ids" in known
+    encode = functools.partial(texts.text_batches, given.tokenizer, stride=stride, **sizes)
+    train = encode(given.train, seed=seed, epochs=epochs)
+    tests = [encode(part, known=train.batches.layout.buckets, numbered=stride is not None) for part in held_out]
+    _report_lengths(train, tests, longest, console)
+    if stride is None:
+        return train.batches, None, [test.batches for test in tests]
+    counts = " and ".join(str(len(part.text)) for part in (train, *tests))
+    console.print(f"the texts make {counts} windows of at most {longest} tokens")
+    parts = zip(tests, held_out, strict=True)
+    return train.batches, None, [texts.Windowed(test.batches, test.text, part.labels) for test, part in parts]
+
+
+def _report_lengths(train: texts.Encoded, tests: list[texts.Encoded], longest: int, console: Console) -> None:
+    found = train.batches.shapes
+    shapes = ", ".join(f"{rows}x{length} ({count})" for (rows, length), count in sorted(found.items()))
+    console.print(f"{len(train.batches)} steps in {len(found)} shapes: {shapes}; {_waste(train.batches):.1%} padding")
+    cut_tests = sum(test.truncated for test in tests)
+    if train.truncated or cut_tests:
+        console.print(f"{train.truncated} training and {cut_tests} held-out texts were cut to {longest} tokens")
+
+
+def _waste(run: Batches) -> float:
+    """The share of an epoch's positions that hold no token."""
+    tokens = int(next(c for c in run.columns.values() if isinstance(c, text.Ragged)).offsets[-1])
+    return 1 - tokens / sum(rows * length * count for (rows, length), count in run.shapes.items())
 
 
 def _examples(settings: Data, seed: int, kind: TaskName, separator: str) -> tuple[Examples, Examples]:
@@ -170,6 +191,12 @@ def _check_modality(source: Source, data: Examples, augment: str) -> str:
     if augment != "none" and modality != "image":
         raise ConfigError(f"augment={augment!r} changes pictures; {source.name} takes {modality}")
     return modality
+
+
+def _tokenizer(source: Source, config: Any) -> Any:
+    found = text.tokenizer(source.path)
+    text.check_vocabulary(found, config)
+    return found
 
 
 def _report(train: Examples, held_out: Examples, console: Console) -> None:

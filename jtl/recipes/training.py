@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,11 +14,12 @@ import jtl
 from jtl import augment as jaugment
 from jtl import tree as jtree
 from jtl.cache import Mode, Prepared, prepare
-from jtl.data import Batches, Examples, batches, picture_batches, plans, text
+from jtl.data import Batches, Examples, picture_batches, plans
 from jtl.errors import ConfigError
 from jtl.loop import compiled_eval, compiled_train
 from jtl.models.family import ImageInput
 from jtl.recipes.settings import AugmentName
+from jtl.recipes.texts import Windowed
 from jtl.state import Frozen, TrainState, freeze
 from jtl.typing import PyTree
 
@@ -53,48 +54,6 @@ class Run(NamedTuple):
     frozen: Frozen
     outcome: Outcome
     why: str
-
-
-def text_batches(
-    tokenizer: Any,
-    examples: Examples,
-    *,
-    max_length: int,
-    max_buckets: int = 3,
-    known: Sequence[int] = (),
-    types: bool = False,
-    **settings: Any,
-) -> tuple[Batches, int]:
-    """Batches of token ids padded to length buckets.
-
-    Args:
-      tokenizer: a fast tokenizer of Hugging Face.
-      examples: labelled texts, in the column `text`, and the second texts of pairs in the column `second`.
-      max_length: longer texts are cut.
-      max_buckets: the most padded lengths, each of which is compiled once.
-      known: the lengths of other batches, which are compiled already: they are used, and a longer one if need be.
-      types: whether the model is told which text of a pair a token is of, where the tokenizer says it.
-      **settings: of `jtl.data.pipeline.batches`.
-
-    Returns:
-      The batches, and how many texts were cut.
-    """
-    second = examples.columns.get("second")
-    pairs = None if second is None else list(second)
-    encoded = text.encode(tokenizer, list(examples.columns["text"]), max_length=max_length, pairs=pairs)
-    lengths = encoded.input_ids.lengths
-    longer = lengths[lengths > max(known, default=0)]
-    if known and len(longer):
-        buckets = (*known, *text.buckets(longer, max_length=max_length, max_buckets=1))
-    else:
-        buckets = known or text.buckets(lengths, max_length=max_length, max_buckets=max_buckets)
-    columns: dict[str, Any] = {"input_ids": encoded.input_ids}
-    if types and pairs is not None and encoded.token_type_ids is not None:
-        columns["token_type_ids"] = encoded.token_type_ids
-    labels = examples.labels if examples.task == "classification" else None
-    if labels is None:
-        columns["label"] = examples.labels
-    return batches(columns, labels, buckets=buckets, **settings), encoded.truncated
 
 
 def training_pictures(
@@ -140,7 +99,7 @@ def run(
     strategy: jtl.Strategy,
     variables: Mapping[str, PyTree],
     train: Batches,
-    held_out: Batches,
+    held_out: Batches | Windowed,
     *,
     key: jax.Array,
     mesh: Any = None,
@@ -155,7 +114,7 @@ def run(
       strategy: what is trained, and how; its phases last for numbers of updates.
       variables: where to start.
       train: batches to train on.
-      held_out: batches to evaluate on.
+      held_out: batches to evaluate on, or the windows of texts.
       key: the random key of the run.
       mesh: the devices to split batches over.
       cache: as in `jtl.fit`; there is none with an augmentation.
@@ -184,7 +143,7 @@ def run(
         why = why or prepared.why
         state, cost = _phase(prepared, phase.tx, state, frozen, part, mesh, on_step, started)
         costs.append(cost)
-    scores = jtl.evaluate(compiled_eval(loss_fn), *freeze(state, frozen), held_out, mesh=mesh)
+    scores = _scores(loss_fn, *freeze(state, frozen), held_out, mesh)
     steps, seconds = [len(part) for _, part in parts], sum(cost.seconds for cost in costs)
     outcome = Outcome(
         trained=jtree.size(state.params),
@@ -196,6 +155,12 @@ def run(
         scores=scores,
     )
     return Run(state, frozen, outcome, why)
+
+
+def _scores(loss_fn: Any, state: TrainState, frozen: Frozen, held_out: Batches | Windowed, mesh: Any) -> Any:
+    if isinstance(held_out, Windowed):
+        return held_out.scores(loss_fn, state, frozen, mesh=mesh)
+    return jtl.evaluate(compiled_eval(loss_fn), state, frozen, held_out, mesh=mesh)
 
 
 class _Cost(NamedTuple):

@@ -1,6 +1,7 @@
 """Strategies as the command line names them, with learning rates that suit them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +15,13 @@ from jtl.recipes import settings as jsettings
 from jtl.recipes import training
 from jtl.typing import Params, Variables
 
-_PROBE = 1e-2
+Groups = Sequence[Sequence[str]]
+
+PROBE = 1e-2
 """The learning rate of a head on frozen features."""
 
 _RATES: Mapping[str, float] = {
-    "feature-extraction": _PROBE,
+    "feature-extraction": PROBE,
     "last-blocks": 2e-4,
     "first-blocks": 2e-4,
     "gradual": 2e-4,
@@ -49,7 +52,13 @@ class Way(NamedTuple):
         return dict(variables) if self.adapter is None else peft.merge(self.adapter, variables)
 
 
-def way(settings: jsettings.Way, model: Any, params: Params, steps: int) -> Way:
+def way(
+    settings: jsettings.Way,
+    model: Any,
+    params: Params,
+    steps: int,
+    norms: Callable[[Groups], Sequence[float]] | None = None,
+) -> Way:
     """The way that a command line asks for.
 
     Args:
@@ -57,16 +66,23 @@ def way(settings: jsettings.Way, model: Any, params: Params, steps: int) -> Way:
       model: of jtl's families.
       params: of the model, arrays or shapes.
       steps: updates of the whole run.
+      norms: gives the relative gradient norm of each group, where there are data to take it of.
 
     Raises:
-      ConfigError: the run is too short for the strategy's phases, or a number is out of range.
+      ConfigError: the run is too short for the strategy's phases, it needs data that are not there, or a number is out
+        of range.
     """
     tx = training.optimizer(rate(settings), steps)
     if settings.trainable:
         return Way(strategies.fine_tune(tx, jtl.select(*settings.trainable), " ".join(settings.trainable)))
     if settings.strategy == "lora":
         return _lora(settings, tx, params)
-    return Way(_named(settings, tx, strategies.depth_groups(model), steps))
+    groups = strategies.depth_groups(model)
+    if settings.strategy == "surgical":
+        if norms is None:
+            raise ConfigError("surgical chooses blocks by the gradients of data, which only jtl finetune has")
+        return Way(strategies.surgical(tx, groups, norms(groups), settings.blocks))
+    return Way(_named(settings, tx, groups, steps))
 
 
 def rate(settings: jsettings.Way) -> float:
@@ -91,10 +107,12 @@ def _targets(params: Params) -> list[str]:
     paths = jtree.paths(params)
     if any(path.endswith("/query/kernel") for path in paths):
         return ["**/query", "**/value"]
+    if any(path.endswith("/qkv/kernel") for path in paths):  # GPT-2 has them in one, as PEFT adapts it
+        return ["**/qkv"]
     return sorted({path for path in paths if path.endswith("/kernel") and not path.startswith("head/")})
 
 
-def _named(settings: jsettings.Way, tx: Any, groups: Any, steps: int) -> jtl.Strategy:
+def _named(settings: jsettings.Way, tx: Any, groups: Groups, steps: int) -> jtl.Strategy:
     match settings.strategy:
         case "feature-extraction":
             return strategies.feature_extraction(tx)
@@ -107,11 +125,13 @@ def _named(settings: jsettings.Way, tx: Any, groups: Any, steps: int) -> jtl.Str
         case "lp-ft":
             probe = _phases(settings, steps, 2)
             second = training.optimizer(rate(settings), steps - probe)
-            return strategies.lp_ft(training.optimizer(_PROBE, probe), second, steps=probe)
+            return strategies.lp_ft(training.optimizer(PROBE, probe), second, steps=probe)
         case "gradual":
             count = settings.blocks + 1
             every = _phases(settings, steps, count)
             return strategies.gradual_unfreezing(tx, groups, every=every, count=count)
+        case "discriminative":
+            return strategies.discriminative(tx, list(map(_factor, settings.factors)))
         case "layerwise-decay":
             return strategies.layerwise_decay(tx, groups, decay=settings.decay)
         case "bitfit":
@@ -121,6 +141,18 @@ def _named(settings: jsettings.Way, tx: Any, groups: Any, steps: int) -> jtl.Str
         case "l2-sp":
             return strategies.l2_sp(tx, rate=settings.pull, head_rate=settings.pull)
     raise ConfigError(f"there is no strategy {settings.strategy!r}")
+
+
+def _factor(given: str) -> tuple[str, float]:
+    """A pattern and its factor, of "PATTERN=FACTOR"."""
+    pattern, _, factor = given.rpartition("=")
+    try:
+        value = float(factor)
+    except ValueError:
+        value = -1.0
+    if not pattern or not 0 <= value < math.inf:
+        raise ConfigError(f"factors: expected PATTERN=FACTOR with a number from 0 on, got {given!r}")
+    return pattern, value
 
 
 def _phases(settings: jsettings.Way, steps: int, count: int) -> int:

@@ -12,6 +12,8 @@ import pytest
 import jtl
 from jtl import errors, peft, tree
 from jtl.models.bert import Bert, BertConfig, Embeddings, Encoder
+from jtl.models.gpt2 import GPT2
+from jtl.models.gpt2_config import GPT2Config
 from jtl.models.vit import ViT, ViTConfig
 
 RNG = np.random.default_rng(0)
@@ -119,6 +121,27 @@ def test_a_prefix_is_keys_and_values_before_those_of_attention(kind):
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = weights @ v @ last["kernel"] + last["bias"]
     np.testing.assert_allclose(peft.adapted(model, adapter).apply(attached, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_of_gpt2_is_what_words_in_front_are_to_its_attention():
+    """One block: with the keys and values of some words as its prefix, the words after them are read alike."""
+    model = GPT2(GPT2Config(vocab_size=13, n_positions=9, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5))
+    ids, positions = IDS[:1], jnp.arange(6)[None]
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
+    whole, seen = model.apply(variables, ids, capture_intermediates=lambda module, _: module.name == "qkv")
+    (fused,) = jax.tree.leaves(seen["intermediates"])
+    adapter = peft.prefix(["**/attention"], length=2, names=["qkv"])
+    attached = peft.attach(adapter, variables, key=jax.random.key(1))
+
+    def of_words(path, leaf):
+        return fused[0, :2].at[:, :8].set(7.0) if "/prefix/" in path else leaf  # the part of queries is not used
+
+    attached = {"params": tree.map_with_paths(of_words, attached["params"])}
+    rest = run(model, adapter)(attached, ids[:, 2:], position_ids=positions[:, 2:])
+    close(rest.sequence, whole.sequence[:, 2:])
+    writer = GPT2(model.config, jtl.heads.language_model())
+    with pytest.raises(errors.ConfigError, match="prefix.. puts in front of a sequence has no place among the keys"):
+        jtl.generate(peft.adapted(writer, adapter), attached, {"input_ids": ids}, max_new_tokens=2)
 
 
 class _Attending(nn.Module):

@@ -13,6 +13,7 @@ from jtl import cli
 from jtl.data import Examples
 from jtl.recipes import finetune, training
 from jtl.recipes.settings import Finetune
+from jtl.recipes.texts import text_batches
 
 from ..models import checkpoints  # noqa: TID252
 
@@ -138,7 +139,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are(model, tmp_path, ca
 def test_held_out_texts_are_padded_to_lengths_that_are_compiled_already(model, words, expected):
     tokenizer = jtl.data.tokenizer(model)
     held_out = Examples({"text": ["good " * count for count in words]}, np.zeros(len(words), np.int32), ("a", "b"))
-    batches, _ = training.text_batches(tokenizer, held_out, max_length=60, known=(16, 32), batch_size=1)
+    batches = text_batches(tokenizer, held_out, max_length=60, known=(16, 32), batch_size=1).batches
     assert {batch["input_ids"].shape[1] for batch in batches} == expected
 
 

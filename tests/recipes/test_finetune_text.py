@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import jtl
-from jtl import cli
+from jtl import cli, errors
 from jtl.data import Examples
 from jtl.recipes import finetune, goals, training
 from jtl.recipes.settings import Finetune
@@ -152,3 +152,44 @@ def _cleaning(folder):
     }
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     return path
+
+
+def test_a_long_text_is_what_its_windows_say_in_the_mean(model, tmp_path):
+    long = [" ".join(WORDS[i % 6] for i in range(start, start + length)) for start in range(6) for length in (3, 9, 16)]
+    labels = [["a", "b"][len(text) % 2] for text in long]
+    data = parquet(tmp_path, text=long, label=labels)
+    scores = run(data, model, tmp_path / "out", stride=2, epochs=2, learning_rate=1e-2)
+    # Six tokens of a text fit beside the two special ones, so windows begin at every fourth token.
+    pieces = [[" ".join(text.split()[i : i + 6]) for i in range(0, max(1, len(text.split()) - 2), 4)] for text in long]
+    logits = np.array([outputs(tmp_path / "out", windows).mean(0) for windows in pieces])
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    assert scores["loss"] == pytest.approx(
+        -np.mean([row["ab".index(y)] for row, y in zip(log_p, labels, strict=True)]), rel=1e-4
+    )
+    assert scores["accuracy"] == pytest.approx(np.mean(logits.argmax(1) == [["a", "b"].index(y) for y in labels]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stride": 6}, "stride=6: expected 0 to 5"),
+        ({"stride": -1}, "stride=-1: expected 0 to 5"),
+        ({"stride": 2, "second": "label"}, "windows are of single texts"),
+    ],
+)
+def test_strides_that_make_no_windows_are_refused(model, tmp_path, settings, message):
+    data = parquet(tmp_path, text=TEXTS, label=["a", "b"] * 18)
+    with pytest.raises(errors.JtlError, match=message):
+        run(data, model, None, **settings)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_any_text_is_read(model, tmp_path):
+    data = parquet(tmp_path, text=TEXTS, label=["a", "b"] * 18)
+    for name, change, message in (
+        ("fewer", {"vocab_size": 20}, r"has the id \d+, and the model knows 0 to 19"),
+        ("padding", {"pad_token_id": 7}, r"padding is 0 \('\[PAD\]'\) to the tokenizer and 7 to the model"),
+    ):
+        config = checkpoints.CONFIG | {"num_hidden_layers": 1} | change
+        folder = checkpoints.write_tokenizer(checkpoints.write(tmp_path / name, config))
+        with pytest.raises(errors.ConfigError, match=message):
+            run(data, folder, None)
