@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtl.activations import ACTIVATIONS
-from jtl.errors import ConfigError
 from jtl.models.attention import KeyValues, attend, causal, extended
 from jtl.models.layers import Dense, Dropout
 from jtl.models.stack import stack

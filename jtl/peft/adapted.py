@@ -112,9 +112,7 @@ def _interceptor(adapter: Adapter, served: set[str], spoilt: set[str]) -> Callab
     return intercept
 
 
-def _around(
-    name: str, change: Callable[[Call, Any], Any], served: set[str], spoilt: set[str]
-) -> Callable[..., Any]:
+def _around(name: str, change: Callable[[Call, Any], Any], served: set[str], spoilt: set[str]) -> Callable[..., Any]:
     """For an adapter of whole modules: the module with the leaves, and those right below it."""
 
     def intercept(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:

@@ -149,7 +149,14 @@ def test_buckets_waste_the_fewest_tokens(lengths, most):
 
 @pytest.mark.parametrize(
     ("lengths", "max_length", "expected"),
-    [([3], 128, (8,)), ([3], 8, (8,)), ([20, 20], 40, (20,)), ([33], 40, (40,)), ([39], 40, (40,)), ([600], 4096, (640,))],
+    [
+        ([3], 128, (8,)),
+        ([3], 8, (8,)),
+        ([20, 20], 40, (20,)),
+        ([33], 40, (40,)),
+        ([39], 40, (40,)),
+        ([600], 4096, (640,)),
+    ],
 )
 def test_buckets_use_only_what_is_needed(lengths, max_length, expected):
     assert text.buckets(np.array(lengths), max_length=max_length) == expected

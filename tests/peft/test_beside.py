@@ -140,7 +140,7 @@ def test_a_prefix_of_gpt2_is_what_words_in_front_are_to_its_attention():
     rest = run(model, adapter)(attached, ids[:, 2:], position_ids=positions[:, 2:])
     close(rest.sequence, whole.sequence[:, 2:])
     writer = GPT2(model.config, jtl.heads.language_model())
-    with pytest.raises(errors.ConfigError, match="prefix.. puts in front of a sequence has no place among the keys"):
+    with pytest.raises(errors.ConfigError, match=r"prefix\(\) puts in front of a sequence has no place among the keys"):
         jtl.generate(peft.adapted(writer, adapter), attached, {"input_ids": ids}, max_new_tokens=2)
 
 

@@ -16,7 +16,6 @@ from ..models import checkpoints  # noqa: TID252
 
 ROWS = [("good film", "pos"), ("great fun", "pos"), ("bad film", "neg"), ("dull plot", "neg")] * 3
 LAST, EVERYTHING = ["head", "pooler", "encoder/layer_1"], ["head", "pooler", "encoder", "embeddings"]
-NORMS = ["**/norm", "**/attention_norm", "**/mlp_norm", "head"]
 
 TRAINED = {
     "feature-extraction": (["head"], {}),
@@ -54,9 +53,11 @@ def moved(data, model, out, **settings):
     before, after = jtl.load(model)[1], jtl.load(out)[1]
     old = dict(tree.leaves_with_paths(before["params"]))
     pairs = tree.leaves_with_paths(after["params"])
-    return {path for path, leaf in pairs if path not in old or not np.array_equal(leaf, old[path])}, set(
-        tree.paths(after["params"])
-    ), console.export_text()
+    return (
+        {path for path, leaf in pairs if path not in old or not np.array_equal(leaf, old[path])},
+        set(tree.paths(after["params"])),
+        console.export_text(),
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -76,9 +77,9 @@ def test_norms_alone(data, model, tmp_path):
 
 def test_surgical_trains_as_many_blocks_as_asked_and_names_them(data, model, tmp_path):
     found, _, printed = moved(data, model, tmp_path / "out", strategy="surgical", blocks=1, learning_rate=1e-2)
-    inner = {"/".join(path.split("/")[:2]) for path in found if not path.startswith(("head/", "pooler/", "embeddings/"))}
-    assert "of 3" in printed
-    assert len(inner) + any(path.startswith("embeddings/") for path in found) == 1
+    groups = ("embeddings/", "encoder/layer_0/", "encoder/layer_1/", "pooler/")
+    assert "of 4" in printed
+    assert sum(any(path.startswith(group) for path in found) for group in groups) == 1
 
 
 def test_each_name_has_a_row_here():
