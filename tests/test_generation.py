@@ -457,7 +457,7 @@ def test_with_an_adapter_that_is_never_merged_each_word_is_the_likeliest(pair, f
     text = ids if family == "gpt2" else np.array([[model.config.decoder_start_token_id]], np.int32)
     for word in np.asarray(got.tokens)[0]:
         given = {"input_ids": text} if family == "gpt2" else {"input_ids": ids, "decoder_input_ids": text}
-        logits = adapted.apply(attached, **given)[0, -1]
+        logits = adapted.apply(attached, **jax.tree.map(jnp.asarray, given))[0, -1]
         assert word == np.argmax(logits)
         text = np.append(text, [[word]], axis=1)
 

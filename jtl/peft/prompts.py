@@ -171,7 +171,7 @@ def _new_prefix(settings: _Prefix, params: Params, key: Key) -> Params:
             )
     delta: Params = {}
     for (module, leaves), inner in zip(sorted(found.items()), jax.random.split(key, len(found)), strict=True):
-        keys = jax.random.split(inner)
+        keys = jax.random.split(inner, len(settings.names))
         pair = zip(settings.names, keys, strict=True)
         part = {name: _vectors(settings, leaves[name], f"{module}/{name}/kernel", key) for name, key in pair}
         delta = joined(delta, _at(module, {"prefix": part}))

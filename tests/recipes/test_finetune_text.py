@@ -186,7 +186,7 @@ def test_strides_that_make_no_windows_are_refused(model, tmp_path, settings, mes
 def test_a_tokenizer_of_another_model_is_refused_before_any_text_is_read(model, tmp_path):
     data = parquet(tmp_path, text=TEXTS, label=["a", "b"] * 18)
     for name, change, message in (
-        ("fewer", {"vocab_size": 20}, r"has the id \d+, and the model knows 0 to 19"),
+        ("fewer", {"vocab_size": 5}, r"has the id \d+, and the model knows 0 to 4"),
         ("padding", {"pad_token_id": 7}, r"padding is 0 \('\[PAD\]'\) to the tokenizer and 7 to the model"),
     ):
         config = checkpoints.CONFIG | {"num_hidden_layers": 1} | change
