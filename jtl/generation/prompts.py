@@ -37,7 +37,7 @@ def generating(model: Any) -> Any:
     inner = model
     while not hasattr(inner, "decode") and hasattr(inner, "model"):
         adapter = getattr(inner, "adapter", None)
-        if getattr(adapter, "in_front", False):
+        if adapter is not None and adapter.in_front:
             raise ConfigError(
                 f"what {adapter.name}() puts in front of a sequence has no place among the keys and values that are "
                 "kept while words are written; write without it, or call the model on the whole text for each word"

@@ -27,7 +27,7 @@ def task_of(model: Any) -> str | None:
     for name, task in tasks.items():
         if like(task.head(model.config, getattr(model.head, "outputs", 0)), model.head):
             return name
-    known = ", ".join(f"{prefix}{name}" for name in tasks)
+    known = ", ".join(f"{prefix}{name}{_differing(task, model)}" for name, task in tasks.items())
     raise ConfigError(
         f"transformers has no {prefix or family.name} with the head {type(model.head).__name__}; "
         f"it has {known}: use format='jtl', or the head of one of these"
@@ -36,9 +36,20 @@ def task_of(model: Any) -> str | None:
 
 def like(one: nn.Module, other: nn.Module) -> bool:
     """Whether two heads compute the same, of the same parameters: all but dropout and initial values."""
-    free = ("dropout", "outer_dropout", "scale")
-    of = [{name: v for name, v in head_settings(head).items() if name not in free} for head in (one, other)]
-    return type(one) is type(other) and of[0] == of[1]
+    return type(one) is type(other) and _computed(one) == _computed(other)
+
+
+def _computed(head: nn.Module) -> dict[str, Any]:
+    return {name: v for name, v in head_settings(head).items() if name not in ("dropout", "outer_dropout", "scale")}
+
+
+def _differing(task: Any, model: Any) -> str:
+    """In brackets, with which settings the head of a task is of the same kind as the model's."""
+    theirs = task.head(model.config, getattr(model.head, "outputs", 0))
+    if type(theirs) is not type(model.head):
+        return ""
+    ours = _computed(model.head)
+    return f" ({', '.join(f'{name}={v!r}' for name, v in _computed(theirs).items() if ours[name] != v)})"
 
 
 def head_settings(head: nn.Module) -> dict[str, Any]:

@@ -50,7 +50,7 @@ STRATEGIES = {
 }
 # Every strategy on a model with batch normalisation and dropout; the one with most phases on every model.
 RUNS = [("linen", name) for name in STRATEGIES]
-RUNS += [(case, "gradual") for case in ("remat", "scan", "nnx", "function", "bert", *pictures.CONFIGS)]
+RUNS += [(case, "gradual") for case in ("remat", "scan", "nnx", "function", "bert", "gpt2", "t5", *pictures.CONFIGS)]
 RUNS += [("bert", "layerwise")]
 
 

@@ -11,7 +11,7 @@ import pytest
 import jtl
 from jtl import heads
 from jtl.errors import ConfigError, WeightsError
-from jtl.models import bert, bert_config, distilbert, naming, registry, roberta
+from jtl.models import bert, bert_config, distilbert, gpt2, gpt2_config, naming, registry, roberta
 
 from . import checkpoints
 
@@ -179,6 +179,10 @@ HIDDEN = heads.Hidden(2)
         (
             distilbert.DistilBert(distilbert.DistilBertConfig(**SMALL), HIDDEN),
             "no DistilBert with the head Hidden; it has DistilBertForSequenceClassification",
+        ),
+        (
+            gpt2.GPT2(gpt2_config.GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=2), heads.Linear(2)),
+            r"GPT2ForSequenceClassification \(use_bias=False\)",
         ),
     ],
 )
