@@ -25,7 +25,7 @@ def of_batches(run: Batches) -> str:
         arrays = (column,) if isinstance(column, np.ndarray) else (column.offsets, column.values, np.array(column.pad))
         for array in arrays:
             digest.update(f"{name}:{array.dtype}{array.shape};".encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # not copied: it may be mapped
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # not copied: it may be mapped
         if isinstance(column, np.ndarray) and column.dtype.kind == "U":
             digest.update("".join(map(_stamp, column.ravel())).encode())
     if run.labels is not None:
