@@ -33,7 +33,7 @@ def main() -> None:
     line = argparse.ArgumentParser()
     line.add_argument("--seeds", type=int, default=5)
     line.add_argument("--counts", type=int, nargs="+", default=COUNTS)
-    line.add_argument("--epochs", type=int, default=20, help="of pretraining")
+    line.add_argument("--epochs", type=int, default=10, help="of pretraining")
     line.add_argument("--steps", type=int, default=200, help="of transfer")
     settings = line.parse_args()
     parts = {name: tfds.load("rotten-tomatoes", name) for name in ("train", "test")}
