@@ -10,7 +10,7 @@ import numpy as np
 import jtl
 from jtl import tree as jtree
 from jtl.data import Batches, Examples, batches, text, windows
-from jtl.errors import ConfigError
+from jtl.errors import ConfigError, DataError
 from jtl.state import Frozen, TrainState
 
 _WINDOW = "window"
@@ -123,7 +123,8 @@ class Windowed(NamedTuple):
             part = np.asarray(outputs(state, frozen, given))[real]
             found = np.zeros((len(self.text), *part.shape[1:]), part.dtype) if found is None else found
             found[numbers[real]] = part
-        assert found is not None, "Batches have a row"
+        if found is None:
+            raise DataError("there are no windows to predict: the data set is empty")
         means, targets = jnp.asarray(windows.mean(found, self.text, len(self.targets))), jnp.asarray(self.targets)
         weight = jnp.ones(len(targets), means.dtype)
         scores = {name: metric(means, targets, weight) for name, metric in loss_fn.metrics.items()}
