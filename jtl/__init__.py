@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jtl import rates as rates
     from jtl import report as report
     from jtl import rules as rules
+    from jtl import runs as runs
     from jtl import soups as soups
     from jtl import strategies as strategies
     from jtl import surgery as surgery
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from jtl.rates import RangeTest as RangeTest
     from jtl.rates import find_rate as find_rate
     from jtl.rules import label as label
+    from jtl.runs import Interrupted as Interrupted
+    from jtl.runs import Run as Run
+    from jtl.runs import graft as graft
     from jtl.schedule import Phase as Phase
     from jtl.schedule import Plateau as Plateau
     from jtl.schedule import Progress as Progress
@@ -102,6 +106,7 @@ _MODULES = (
     "rates",
     "report",
     "rules",
+    "runs",
     "soups",
     "strategies",
     "surgery",
@@ -123,8 +128,10 @@ _NAMES = {
     "Phase": "schedule",
     "Plateau": "schedule",
     "Progress": "schedule",
+    "Interrupted": "runs",
     "RangeTest": "rates",
     "Report": "loop",
+    "Run": "runs",
     "Strategy": "schedule",
     "TrainState": "state",
     "change": "state",
@@ -140,6 +147,7 @@ _NAMES = {
     "from_function": "interop",
     "from_nnx": "interop",
     "generate": "generation",
+    "graft": "runs",
     "init": "state",
     "keep_compiled": "compiling",
     "label": "rules",

@@ -38,6 +38,14 @@ class CacheError(JtlError, OSError):
     """A cache cannot be written or read."""
 
 
+class CheckpointError(JtlError, OSError):
+    """A checkpoint cannot be written, is not what was written, or is not of this run."""
+
+
+class DivergedError(JtlError, ArithmeticError):
+    """A run computes nothing finite any more."""
+
+
 class WeightsError(JtlError, ValueError):
     """A checkpoint does not hold exactly the tensors that a model needs."""
 

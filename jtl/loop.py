@@ -14,15 +14,18 @@ import optax
 from jax.sharding import Mesh
 
 from jtl import metrics as jmetrics
-from jtl import parallel, schedule
+from jtl import parallel, runs, schedule
 from jtl import tree as jtree
-from jtl.cache import Mode, prepare
+from jtl.cache import Mode, Prepared, prepare
 from jtl.data import Batches
 from jtl.errors import ConfigError, DataError
+from jtl.runs import Run
 from jtl.schedule import Phase, Plateau, Progress, Strategy
 from jtl.state import Frozen, TrainState, change, freeze
 from jtl.step import EvalStep, LossFn, checker, eval_step, microbatches, train_step
 from jtl.typing import Batch
+
+_EMPTY = "there is no batch to train on: the data set is empty, or smaller than one batch"
 
 
 class Report(NamedTuple):
@@ -61,6 +64,7 @@ def fit(
     cache_limit: int | None = None,
     say: Callable[[str], None] | None = None,
     accumulate: int = 1,
+    run: Run | str | Path | None = None,
 ) -> Iterator[Report]:
     """Train on every batch, and report after each step.
 
@@ -86,63 +90,110 @@ def fit(
         `jtl.data.batches`, of several epochs; rows and their order stay the same.
       cache_directory: where to keep it; in memory by default.
       cache_limit: bytes that it may take.
-      say: called with one line if a cache is used, or could have been; by default it goes to stderr.
+      say: called with one line if a cache is used, or could have been, and with lines on the run; by default they go
+        to stderr.
       accumulate: microbatches that each batch is split into for its gradient; see `jtl.train_step`.
+      run: a folder to keep checkpoints and metrics in; see `jtl.Run`. If a run is found there, it must be this one, of
+        the same start, data, masks and optimizer, and goes on from its newest sound checkpoint: after whatever ended
+        it, its steps are bit for bit those of a run that was never interrupted. `state`, `frozen` and `batches` are
+        given as at the beginning; `batches` that are not from `jtl.data.batches` are drawn and thrown away up to there.
 
     Yields:
-      A `Report` for each batch.
+      A `Report` for each batch; of a run that has ended already, one with its last state.
 
     Raises:
       DataError: there is no batch, or one that the loss, the mesh or `accumulate` cannot take. The first batch is
         checked before anything is compiled; and with `batches` from `jtl.data.batches`, of data in memory and without
         a transform, each row of the data is.
       CacheError, ConfigError, SplitError: `cache` is "require", and there can be none.
-      ConfigError: the batches end before the strategy's last phase begins, or a plateau has nothing to go by.
+      ConfigError: the batches end before the strategy's last phase begins, or a plateau has nothing to go by; or the
+        folder holds another run, each difference listed.
+      CheckpointError: a checkpoint cannot be written, or none of the run's is sound.
+      DivergedError: `jtl.transforms.guard` skipped too many steps in a row.
+      Interrupted: SIGTERM or SIGINT came. The run is saved; uncaught, the process exits with 75. With a run alone.
     """
-    phases = _phases(tx, state, frozen)
-    progress = schedule.reached(phases, int(state.step)) if progress is None else progress
-    rest = _Rest(batches)
-    _check_phases(phases, progress, int(state.step), rest, held_out is not None and bool(evaluate_every))
-    if mesh is not None and isinstance(batches, Batches):
-        parallel.shard_batch(next(iter(batches)), mesh)  # a size that does not fit is refused before any work
-    if accumulate > 1 and isinstance(batches, Batches):
-        for shape in batches.shapes:
-            microbatches(np.empty(shape[:1], np.bool_), accumulate)  # likewise
-    options = {"accumulate": accumulate} if accumulate != 1 else {}  # none by default: a step is found by its arguments
-    evaluator, check = compiled_eval(loss_fn), checker(loss_fn, state, frozen)
-    if isinstance(batches, Batches):
-        _check_rows(check, batches)
+    phases, checks = _phases(tx, state, frozen), checker(loss_fn, state, frozen)
+    begin = schedule.reached(phases, int(state.step)) if progress is None else progress
+    evaluated = held_out is not None and bool(evaluate_every)
+    _check_phases(phases, begin, int(state.step), batches, evaluated)
+    _check_batches(checks, batches, mesh, accumulate)
+    say = say or (lambda line: print(line, file=sys.stderr))
+    with runs.opened(run, say) as session:
+        if session is not None:
+            place = session.enter(phases, state, frozen, batches, accumulate=accumulate)
+            state, frozen, batches, begin = place.state, place.frozen, place.batches, place.progress or begin
+            if place.ended is not None:
+                yield Report(int(state.step), state, *place.ended, frozen, begin)
+                return
+        store = functools.partial(prepare, loss_fn, directory=cache_directory, limit=cache_limit)
+        steps = _Steps(loss_fn, phases, held_out, evaluate_every, mesh, store, cache, say, accumulate, session, checks)
+        yield from _loop(steps, state, frozen, batches, begin)
+
+
+class _Steps(NamedTuple):
+    """What the loop of `fit` was told."""
+
+    loss_fn: LossFn
+    phases: Strategy
+    held_out: Callable[[], Iterable[Batch]] | None
+    evaluate_every: int | None
+    mesh: Mesh | None
+    store: Callable[..., Prepared]
+    cache: Mode
+    say: Callable[[str], None]
+    accumulate: int
+    session: runs.Session | None
+    check: Callable[[Batch], None]
+
+
+def _loop(
+    given: _Steps, state: TrainState, frozen: Frozen, batches: Iterable[Batch], progress: Progress
+) -> Iterator[Report]:
+    """The steps of `fit`, from where a run is."""
+    rest, phases, mesh, session = _Rest(batches), given.phases.phases, given.mesh, given.session
+    options = (
+        {"accumulate": given.accumulate} if given.accumulate != 1 else {}
+    )  # none: a step is found by its arguments
+    evaluator = compiled_eval(given.loss_fn)
     state = jax.tree.map(jnp.array, state)
     done = int(state.step)
     while True:
-        phase = phases.phases[progress.phase]
+        phase = phases[progress.phase]
         if not progress.ended(phase, done):
-            part = rest.part(phase, progress, done)
-            prepared = prepare(loss_fn, state, frozen, part, mode=cache, directory=cache_directory, limit=cache_limit)
+            mode = given.cache if session is None else session.cache(given.cache, progress)
+            prepared = given.store(state, frozen, rest.part(phase, progress, done), mode=mode)
+            if session is not None:
+                session.cached(prepared.cache is not None)
             if prepared.why:
-                say(prepared.why) if say else print(prepared.why, file=sys.stderr)
+                given.say(prepared.why)
             if mesh is not None:
                 state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
             step = compiled_train(prepared.loss_fn, phase.tx, **options)
             for batch in prepared.batches:
                 if prepared.cache is None:  # the rows of a cache were checked when it was built
-                    check(batch)
+                    given.check(batch)
                 state, metrics = step(state, frozen, batch if mesh is None else parallel.shard_batch(batch, mesh))
                 done, current = done + 1, None
                 rest.taken += 1
-                due = held_out is not None and (rest.over() or (evaluate_every and done % evaluate_every == 0))
-                if due and held_out:
-                    whole, passed = freeze(state, frozen), _checked(check, held_out())
+                if given.held_out is not None and (rest.over() or _due(given.evaluate_every, done)):
+                    whole, passed = freeze(state, frozen), _checked(given.check, given.held_out())
                     current = evaluate(evaluator, *whole, passed, mesh=mesh)
                     if isinstance(phase.until, Plateau):
                         progress = progress.seen(phase.until, current)
-                yield Report(done, state, metrics, current, frozen, progress)
+                report = Report(done, state, metrics, current, frozen, progress)
+                if session is not None:
+                    session.after(report, last=rest.over())
+                yield report
                 if progress.ended(phase, done):
                     break
-        if rest.over() or progress.phase + 1 == len(phases.phases):
+        if rest.over() or progress.phase + 1 == len(phases):
             return
         progress = progress.next(done)
-        state, frozen = change(state, frozen, phases.phases[progress.phase])
+        state, frozen = change(state, frozen, phases[progress.phase])
+
+
+def _due(every: int | None, done: int) -> bool:
+    return bool(every) and done % every == 0
 
 
 def _phases(tx: Any, state: TrainState, frozen: Frozen) -> Strategy:
@@ -160,7 +211,7 @@ class _Rest:
         self._iterator = iter(()) if self._run is not None else iter(batches)
         self._held: list[Batch] = []
         if self._run is None and self.over():
-            raise DataError("there is no batch to train on: the data set is empty, or smaller than one batch")
+            raise DataError(_EMPTY)
 
     def __len__(self) -> int:
         return sys.maxsize if self._run is None else len(self._run) - self.taken
@@ -186,18 +237,19 @@ class _Rest:
         return self._run.at(start).until(start + min(most, len(self)))
 
 
-def _check_phases(strategy: Strategy, progress: Progress, done: int, rest: _Rest, evaluated: bool) -> None:
+def _check_phases(strategy: Strategy, progress: Progress, done: int, batches: Iterable[Batch], evaluated: bool) -> None:
     if not 0 <= progress.phase < len(strategy.phases):
         raise ConfigError(f"progress is in phase {progress.phase}; {strategy.name!r} has {len(strategy.phases)}")
-    if not len(rest):
-        raise DataError("there is no batch to train on: the data set is empty, or smaller than one batch")
+    count = len(batches) if isinstance(batches, Batches) else sys.maxsize
+    if not count:
+        raise DataError(_EMPTY)
     lengths = [phase.until for phase in strategy.phases[progress.phase : -1]]
     if any(isinstance(phase.until, Plateau) for phase in strategy.phases[progress.phase :]) and not evaluated:
         raise ConfigError(f"{strategy.name!r} waits for a plateau: it needs held_out and evaluate_every")
     needed = sum(length for length in lengths if isinstance(length, int)) - (done - progress.began)
-    if lengths and needed >= len(rest):
+    if lengths and needed >= count:
         raise ConfigError(
-            f"{strategy.name!r} has {needed} more updates before its last phase, and the run {len(rest)} batches; "
+            f"{strategy.name!r} has {needed} more updates before its last phase, and the run {count} batches; "
             "give it more epochs, or shorter phases"
         )
 
@@ -243,6 +295,20 @@ def evaluate(
     if total is None:
         raise DataError("there is no held-out batch to evaluate: the data set is empty")
     return {name: float(np.asarray(value)) for name, value in jmetrics.compute(total).items()}
+
+
+def _check_batches(
+    check: Callable[[Batch], None], batches: Iterable[Batch], mesh: Mesh | None, accumulate: int
+) -> None:
+    """Refuse what no step could take, before any work."""
+    if not isinstance(batches, Batches):
+        return
+    if mesh is not None:
+        parallel.shard_batch(next(iter(batches)), mesh)
+    if accumulate > 1:
+        for shape in batches.shapes:
+            microbatches(np.empty(shape[:1], np.bool_), accumulate)
+    _check_rows(check, batches)
 
 
 def _check_rows(check: Callable[[Batch], None], data: Batches) -> None:
