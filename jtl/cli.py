@@ -35,8 +35,8 @@ _RECIPES = {
 def main(args: list[str] | None = None) -> None:
     """Run a command.
 
-    Exit codes: 0 done, 1 an audit that found a fault, 2 a mistake in what was given (one message, no traceback), 130
-    interrupted.
+    Exit codes: 0 done, 1 an audit that found a fault, 2 a mistake in what was given (one message, no traceback), 75 a
+    run that was asked to end and has saved (the same command goes on), 130 interrupted.
 
     Args:
       args: the command line; by default the process's own.
@@ -58,6 +58,10 @@ def main(args: list[str] | None = None) -> None:
     except JtlError as error:
         print(f"jtl: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, AuditError) else 2) from None
+    except SystemExit as stop:
+        if stop.code == 75:  # jtl.Interrupted, which is not imported for this
+            print(f"jtl: {stop}; the same command goes on from there", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("jtl: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None

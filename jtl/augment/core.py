@@ -184,6 +184,11 @@ class Augmented:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def start(self) -> int:
+        """Batches already consumed."""
+        return self.batches.start
+
     def at(self, start: int) -> "Augmented":
         """The same run from its batch `start` on, bit for bit: `list(run)[n:]` equals `list(run.at(n))`."""
         return dataclasses.replace(self, batches=self.batches.at(start))

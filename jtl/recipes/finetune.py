@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 import jtl
-from jtl import strategies
+from jtl import runs, strategies
 from jtl.data import Batches, Examples
 from jtl.errors import ConfigError
+from jtl.models.recognise import OWN
 from jtl.recipes import progress, task, training, ways
 from jtl.recipes.settings import Finetune
-from jtl.weights.folders import check_new
+from jtl.weights.folders import added_to
+from jtl.weights.source import Source
 
 _BATCHES = 8
 """That the gradients are taken of by which surgical fine-tuning chooses."""
@@ -37,8 +39,6 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
       JtlError: whatever is wrong with data, model or settings, before anything is compiled.
     """
     _check(settings)
-    if settings.out is not None:
-        check_new(settings.out)
     kind: dict[str, Any] = {"kind": settings.task, "separator": settings.separator}
     given = task.task(settings, settings.seed, console, augment=settings.augment, **kind)
     run_key = jax.random.split(jax.random.key(settings.seed))[1]
@@ -49,7 +49,8 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     way = ways.way(settings, given.model, given.variables["params"], len(batches), norms)
     loss_fn = jtl.supervised(way.model(given.model), given.goal.loss, metrics=given.goal.metrics)
     mesh = jtl.parallel.data_mesh() if jax.device_count() > 1 else None
-    with progress.steps(console) as advance:
+    kept = _run(settings, given.source)
+    with runs.opened(kept, _say(console)) as session, progress.steps(console) as advance:
         on_step = advance(escape(way.strategy.name), len(batches))
         done = training.run(
             loss_fn,
@@ -62,6 +63,7 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
             cache=settings.cache,
             augment=augment,
             on_step=on_step,
+            session=session,
         )
     if done.why:
         console.print(done.why, markup=False, soft_wrap=True)
@@ -70,14 +72,31 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
         notes = {"settings": _plain(settings), "outcome": done.outcome._asdict(), "source": given.source.name}
         whole = given.goal.told(way.plain(jtl.variables(done.state, done.frozen)))
         names = {"classes": given.train.classes, "tokenizer": given.tokenizer}
-        jtl.save(settings.out, given.model, whole, **names, notes=notes)
+        with added_to(settings.out, last=OWN) as draft:
+            jtl.save(draft, given.model, whole, **names, notes=notes)
         console.print(
             f"saved to {settings.out}; jtl.load({str(settings.out)!r}) takes it back", markup=False, soft_wrap=True
         )
     return done.outcome
 
 
+def _run(settings: Finetune, source: Source) -> runs.Run | None:
+    """The run's folder; what another run of it must have in common is all but where and how it is kept."""
+    if settings.out is None:
+        return None
+    kept = {name: getattr(settings, name) for name in ("every", "keep", "watchdog")}
+    config = {name: value for name, value in _plain(settings).items() if name not in ("out", *kept)}
+    config |= {"source": source.name, "commit": source.revision}
+    return runs.Run(settings.out, config, **kept)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return functools.partial(console.print, markup=False, soft_wrap=True)
+
+
 def _check(settings: Finetune) -> None:
+    if settings.out is not None:
+        runs.check(runs.Run(settings.out, every=settings.every, keep=settings.keep, watchdog=settings.watchdog))
     if settings.epochs < 1:
         raise ConfigError(f"epochs must be at least 1, got {settings.epochs}")
     ways.rate(settings)

@@ -118,7 +118,14 @@ class Finetune(Way, Data):
     """Read longer texts as windows of --max-length tokens that have so many in common, each trained on with the label
     of its text; a text's prediction is the mean of its windows'. By default they are cut."""
     out: Path | None = None
-    """A new folder for the trained model, its scores and these settings."""
+    """A folder for the trained model, its scores and these settings, with checkpoints and metrics while it trains. The
+    same command again goes on from where an interrupted one was; another one is refused."""
+    every: int = 100
+    """Updates between two checkpoints in that folder."""
+    keep: int = 1
+    """The newest checkpoints to keep there."""
+    watchdog: float | None = None
+    """Write the stacks of all threads to stacks.txt there whenever no step ended for so many seconds."""
     epochs: int = 3
     """Passes over the training examples."""
     augment: AugmentName = "none"

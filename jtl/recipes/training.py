@@ -20,6 +20,7 @@ from jtl.loop import compiled_eval, compiled_train
 from jtl.models.family import ImageInput
 from jtl.recipes.settings import AugmentName
 from jtl.recipes.texts import Windowed
+from jtl.runs import Session
 from jtl.state import Frozen, TrainState, freeze
 from jtl.typing import PyTree
 
@@ -106,8 +107,9 @@ def run(
     cache: Mode = "auto",
     augment: jaugment.Augmentation | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    session: Session | None = None,
 ) -> Run:
-    """Train on all batches, then evaluate.
+    """Train on all batches, or those that an earlier session left, then evaluate.
 
     Args:
       loss_fn: from `jtl.supervised`.
@@ -120,12 +122,15 @@ def run(
       cache: as in `jtl.fit`; there is none with an augmentation.
       augment: of the pictures of every batch to train on, with keys that follow from `key`.
       on_step: called with the metrics of every step.
+      session: of a run in a folder, which goes on from where it is.
 
     Returns:
-      The state after the last step, and the outcome, with the bytes and the trained leaves of the last phase.
+      The state after the last step, and the outcome, with the bytes and the trained leaves of the last phase; what it
+      cost is what this session did.
 
     Raises:
-      ConfigError: `cache` is "require" with an augmentation, or the run is too short for the strategy.
+      ConfigError: `cache` is "require" with an augmentation, or the run is too short for the strategy; or as
+        `jtl.fit` with a run.
     """
     if augment is not None:
         check_cache(cache)
@@ -134,27 +139,44 @@ def run(
     if mesh is not None:
         jtl.parallel.shard_batch(next(iter(train)), mesh)  # a size that does not fit is refused before any work
     data_key = jax.random.split(key, 3)[2]  # a step splits its key in two
-    costs, why = [], ""
-    for number, (phase, part) in enumerate(parts):
-        if number:
+    first = begun = 0
+    if session is not None:
+        place = session.enter(strategy, state, frozen, train, augmented=augment is not None)
+        state, frozen, first = place.state, place.frozen, place.progress.phase if place.progress else 0
+        begun = int(state.step)
+    costs, steps, why = [_Cost(0.0, 0.0, 0.0)], [0], ""
+    for number, (phase, part) in list(enumerate(parts))[first:]:
+        if number > first:
             state, frozen = jtl.change(state, frozen, phase)
+        progress, part = jtl.Progress(number, part.start), part.at(max(part.start, train.start + begun))
+        if not len(part):
+            continue
         started = time.perf_counter()
-        prepared = _prepared(loss_fn, state, frozen, part, cache, augment, data_key)
+        mode = cache if session is None else session.cache(cache, progress)
+        prepared = _prepared(loss_fn, state, frozen, part, mode, augment, data_key)
+        if session is not None:
+            session.cached(prepared.cache is not None)
+        after = None if session is None else functools.partial(_after, session, progress, train.start + len(train))
         why = why or prepared.why
-        state, cost = _phase(prepared, phase.tx, state, frozen, part, mesh, on_step, started)
+        state, cost = _phase(prepared, phase.tx, state, frozen, part, mesh, on_step, started, after)
         costs.append(cost)
+        steps.append(len(part))
     scores = _scores(loss_fn, *freeze(state, frozen), held_out, mesh)
-    steps, seconds = [len(part) for _, part in parts], sum(cost.seconds for cost in costs)
+    seconds = sum(cost.seconds for cost in costs)
     outcome = Outcome(
         trained=jtree.size(state.params),
         state_bytes=jtree.nbytes(state.opt_state),
-        gflops=sum(cost.gflops * count for cost, count in zip(costs, steps, strict=True)) / sum(steps),
+        gflops=sum(cost.gflops * count for cost, count in zip(costs, steps, strict=True)) / max(1, sum(steps)),
         compile_seconds=sum(cost.compile_seconds for cost in costs),
         seconds=seconds,
-        examples_per_second=_examples(train) / seconds,
+        examples_per_second=_examples(train) * sum(steps) / len(train) / seconds if seconds else 0.0,
         scores=scores,
     )
     return Run(state, frozen, outcome, why)
+
+
+def _after(session: Session, progress: jtl.Progress, end: int, report: jtl.Report) -> None:
+    session.after(report._replace(progress=progress), last=report.step == end)
 
 
 def _scores(loss_fn: Any, state: TrainState, frozen: Frozen, held_out: Batches | Windowed, mesh: Any) -> Any:
@@ -206,6 +228,7 @@ def _phase(
     mesh: Any,
     on_step: Callable[[dict[str, Any]], None],
     started: float,
+    after: Callable[[jtl.Report], None] | None,
 ) -> tuple[TrainState, _Cost]:
     """Compile, then train; filling the cache is part of the training that it saves."""
     filled = time.perf_counter()
@@ -214,6 +237,8 @@ def _phase(
     for report in jtl.fit(prepared.loss_fn, tx, state, frozen, prepared.batches, mesh=mesh, cache="off"):
         on_step(report.metrics)
         state = report.state
+        if after is not None:
+            after(report)
     jax.block_until_ready(state.params)
     done = time.perf_counter()
     once = prepared.cache.prefix.seconds if prepared.cache else 0.0

@@ -39,3 +39,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def added_to(folder: Path, *, last: str) -> Iterator[Path]:
+    """A place for files that join those of a folder at the end, if nothing was raised.
+
+    Args:
+      folder: exists.
+      last: the file by which others know that all are there. It comes last, and an old one goes first.
+    """
+    unfinished = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
+    try:
+        yield unfinished
+        (folder / last).unlink(missing_ok=True)
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == last):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
