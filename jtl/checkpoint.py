@@ -73,7 +73,7 @@ def write(folder: Path, items: Mapping[str, PyTree], notes: Mapping[str, Any]) -
 
     Args:
       folder: takes its name at the end, when all is written; what bears the name before is replaced.
-      items: pytrees of arrays by name, each a checkpoint of orbax. Random keys are stored as their data.
+      items: pytrees of arrays by name, an identifier, each a checkpoint of orbax. Random keys are stored as their data.
       notes: JSON values to keep in the manifest.
 
     Returns:
@@ -170,6 +170,8 @@ def manifest_of(folder: Path) -> Manifest:
             item: {path: Leaf(tuple(map(int, shape)), str(dtype), str(sha)) for path, (shape, dtype, sha) in of.items()}
             for item, of in content["leaves"].items()
         }
+        if not all(item.isidentifier() for item in leaves):
+            raise CheckpointError(f"{path} names the items {sorted(leaves)[:3]}: expected plain names")
         files = {name: (int(size), str(sha256)) for name, (size, sha256) in content["files"].items()}
         return Manifest(leaves, files, dict(content["notes"]))
     except FileNotFoundError as error:

@@ -121,7 +121,7 @@ class Finetune(Way, Data):
     """A folder for the trained model, its scores and these settings, with checkpoints and metrics while it trains. The
     same command again goes on from where an interrupted one was; another one is refused."""
     every: int = 100
-    """Updates between two checkpoints in that folder."""
+    """Updates that an interruption may cost, at most: checkpoints are begun twice as often."""
     keep: int = 1
     """The newest checkpoints to keep there."""
     watchdog: float | None = None
