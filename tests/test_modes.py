@@ -15,6 +15,7 @@ import jtl
 from jtl import modes, tree
 
 from .conformance.cases import QUICK
+from .covering import covering, product
 
 KEY = jax.random.key(3)
 X = 2 * jax.random.normal(jax.random.key(5), (16, 4)) + 1
@@ -96,7 +97,8 @@ def with_head(x, params):
     return x + x @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
-ways = pytest.mark.parametrize("way", ["attribute", "position", "keyword"])
+WAYS = ["attribute", "position", "keyword"]
+ways = pytest.mark.parametrize("way", WAYS)
 jitted = pytest.mark.parametrize("jit", [False, True])
 
 
@@ -115,9 +117,10 @@ def params_2d(params):
     return {name: leaf[None] for name, leaf in params.items()}
 
 
-@ways
-@jitted
-@pytest.mark.parametrize("pattern", ["norm", "norm/scale", "norm/bias"])
+@pytest.mark.parametrize(
+    ("way", "jit", "pattern"),
+    covering(product(WAYS, [False, True], ["norm", "norm/scale", "norm/bias"]), times=2),
+)
 def test_batch_norm_with_a_trained_leaf_uses_the_batch_and_moves_its_statistics(way, jit, pattern):
     model = Normed(way)
     before = variables_of(model)
@@ -301,8 +304,9 @@ def expected(block, trained):
     return plain(loss_of(ByHand()), variables_of(Model(block)))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("trained", [(), ("stem",), ("body",), ("stem", "body")])
+@pytest.mark.parametrize(
+    ("block", "trained"), covering(product(BLOCKS, [("stem",), ("body",), (), ("stem", "body")]), times=2)
+)
 def test_each_module_runs_in_the_mode_that_its_leaves_demand(block, trained):
     """Dropout, statistics and outputs are those of a model with every mode written out."""
     model = Model(block)
@@ -492,8 +496,10 @@ class Encoder(nn.Module):
         return BLOCKS[self.block](self.train, name="head")(x)
 
 
-@pytest.mark.parametrize("block", ["compact", "setup", "shared", "attention", "remat", "jit", "scan"])
-@pytest.mark.parametrize("trained", ["head", "encoder"])
+@pytest.mark.parametrize(
+    ("block", "trained"),
+    covering(product(["compact", "setup", "shared", "attention", "remat", "jit", "scan"], ["head", "encoder"])),
+)
 def test_a_loss_may_apply_submodels_to_subtrees(block, trained):
     head = nn.Dense(4)
 

@@ -24,6 +24,7 @@ from jtl.models.gpt2_config import GPT2Config
 from jtl.models.t5 import T5
 from jtl.models.t5_config import T5Config
 
+from ..covering import covering  # noqa: TID252
 from . import pictures
 
 Pair = collections.namedtuple("Pair", "left right")
@@ -256,13 +257,18 @@ CHAINS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "multi_steps": lambda: optax.MultiSteps(optax.adamw(1e-2), every_k_schedule=2).gradient_transformation(),
 }
 
-# Every model with every mask, and every model with every chain.
+# Every model with every mask, and every model with every chain. Each model, each mask and each chain is in two of those
+# that run every time.
 HARDEST = "apply_if_finite"
 MASKED = [(case, mask) for case in CASES for mask in CASES[case].masks]
-RUNS = [(*pair, HARDEST) for pair in MASKED]
-RUNS += [(case, list(CASES[case].masks)[1], chain) for case in CASES for chain in CHAINS if chain != HARDEST]
-ONCE = (*pictures.CONFIGS, "gpt2", "t5")
-RUNS = [one for one in RUNS if one[0] not in ONCE or one[2] == HARDEST]  # chains know no model
+ONCE = (*pictures.CONFIGS, "gpt2", "t5")  # chains know no model
+CHAINED = [
+    (case, list(CASES[case].masks)[1], chain)
+    for case in CASES
+    for chain in CHAINS
+    if chain != HARDEST and case not in ONCE
+]
+RUNS = [*covering([(*pair, HARDEST) for pair in MASKED], times=2), *covering(CHAINED, times=2)]
 
 
 @functools.cache

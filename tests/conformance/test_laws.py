@@ -12,6 +12,7 @@ import pytest
 import jtl
 from jtl import tree
 
+from ..covering import covering  # noqa: TID252
 from .cases import CASES, CHAINS, MASKED, QUICK, RUNS, built
 
 STEPS = 5
@@ -102,7 +103,7 @@ def test_the_variables_given_to_init_survive_donation(case, mask, chain):
     }
 
 
-@pytest.mark.parametrize(("case", "mask"), MASKED)
+@pytest.mark.parametrize(("case", "mask"), covering(MASKED))
 def test_evaluation_is_deterministic_and_knows_no_mask(case, mask):
     model, variables = built(case)
     loss_fn = jtl.supervised(model, jtl.losses.cross_entropy)

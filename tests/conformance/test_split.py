@@ -6,6 +6,7 @@ import jtl
 from jtl.errors import SplitError
 
 from ..boundary.cases import assert_exact, ready  # noqa: TID252
+from ..covering import covering  # noqa: TID252
 from .cases import CASES, MASKED, built
 
 DROPS = ("function", "head")  # dropout that no flag turns off, with a frozen kernel behind it
@@ -16,7 +17,7 @@ def loss_of(case):
     return jtl.supervised(model, jtl.losses.cross_entropy, metrics={"accuracy": jtl.metrics.accuracy}), variables
 
 
-@pytest.mark.parametrize(("case", "mask"), [pair for pair in MASKED if pair != DROPS])
+@pytest.mark.parametrize(("case", "mask"), covering([pair for pair in MASKED if pair != DROPS], times=2))
 def test_the_halves_of_a_loss_are_the_loss(case, mask):
     loss_fn, variables = loss_of(case)
     assert_exact(loss_fn, variables, CASES[case].masks[mask], CASES[case].batch(1))

@@ -39,7 +39,7 @@ def lines(*rows):
         ("a.csv", GOOD.replace("\n", "\n\n")),
         ("a.csv", GOOD.replace("pos", " pos ")),
         ("a.tsv", GOOD.replace(",", "\t")),
-        ("a.csv.gz", gzip.compress(GOOD.encode())),
+        ("a.csv.gz", gzip.compress(GOOD.encode(), mtime=0)),
         ("a.csv.bz2", bz2.compress(GOOD.encode())),
         ("a.jsonl", lines({"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"})),
         ("a.v2.jsonl", '\n{"text": "good film", "label": "pos"}\r\n{"text": "bad film", "label": "neg"}'),

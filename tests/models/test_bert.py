@@ -15,6 +15,7 @@ from jtl.errors import ConfigError, WeightsError
 from jtl.models import bert, bert_config
 from jtl.weights.source import resolve
 
+from ..covering import long_but  # noqa: TID252
 from . import checkpoints
 from .text_parity import check_gradients, check_step, loaded, randomised, reference_gradients, to_torch
 
@@ -65,7 +66,7 @@ ABSENT = ((), ("attention_mask",), ("token_type_ids",), ("attention_mask", "toke
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("seed", DRAWS)
+@pytest.mark.parametrize("seed", long_but(DRAWS, range(5)))
 def test_outputs_and_gradients_are_those_of_the_reference(seed, tmp_path):
     """A row of padding alone has no weight in the loss: what it attends to is a convention."""
     torch = pytest.importorskip("torch")

@@ -9,6 +9,8 @@ from jax import export, lax
 from jtl.models.convolution import Conv, convolve
 from jtl.models.depthwise import depthwise
 
+from ..covering import covering  # noqa: TID252
+
 # Height, width, kernel, stride, padding, dilation
 SHAPES = [
     (7, 9, (3, 3), 1, ((1, 1), (1, 1)), 1),
@@ -48,7 +50,7 @@ def functions(stride, padding, dilation):
     return lambda x, k: depthwise(x, k, **settings), lambda x, k: native(x, k, **settings)
 
 
-@pytest.mark.parametrize(("height", "width", "size", "stride", "padding", "dilation"), SHAPES)
+@pytest.mark.parametrize(("height", "width", "size", "stride", "padding", "dilation"), covering(SHAPES))
 def test_values_and_gradients_are_those_of_the_grouped_convolution(height, width, size, stride, padding, dilation):
     both = functions(stride, padding, dilation)
 

@@ -18,6 +18,7 @@ from jtl.models.family import ImageInput
 from jtl.models.inverted_residual import Block, InvertedResidual
 from jtl.models.inverted_residual_layouts import as_found
 
+from ..covering import long_but  # noqa: TID252
 from . import pictures_parity as parity
 from .inverted_shapes import parameters, tensors
 
@@ -128,7 +129,7 @@ def images_of(seed):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("seed", DRAWS)
+@pytest.mark.parametrize("seed", long_but(DRAWS, (1, 2)))  # a step is trained of the first
 def test_features_and_gradients_are_those_of_transformers(seed, tmp_path):
     reference = transformers_reference(seed)
     model, variables = parity.loaded(FAMILY, parsed(reference, tmp_path), parity.state(reference), outputs=7)
@@ -220,7 +221,9 @@ LIBRARIES = (
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize(
+    "name", long_but(LIBRARIES, ("efficientnet_b0", "tf_efficientnet_lite0", "torchvision", "lukemelas"))
+)
 def test_features_and_gradients_are_those_of_other_libraries(name):
     config, reference, layout = library(name)
     reference, images = parity.randomised(reference, 0), parity.pictures(1)

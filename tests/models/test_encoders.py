@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import jtl
 from jtl.models import registry
 
+from ..covering import covering  # noqa: TID252
 from .text_parity import check_gradients, check_step, loaded, randomised, reference_gradients, to_jax, to_torch
 
 # Odd numbers of heads; rates above zero, which show in the heads alone as long as nothing is trained.
@@ -85,6 +86,10 @@ def _case(prefix, task, settings, folder):
 KINDS = [(prefix, task, 0) for prefix in SETTINGS for task in TASKS] + [(prefix, "Model", 1) for prefix in OTHERS]
 
 
+# Each family with two of the heads, and each head with two of the families, run every time.
+RUN = covering(KINDS, times=2, fixture=True)
+
+
 GRADIENTS = [(prefix, "Model", draw) for prefix in OTHERS for draw in (0, 1)]
 GRADIENTS += [("Bert", "Model", 0), ("Bert", "ForMaskedLM", 0), ("Roberta", "ForMaskedLM", 0)]
 
@@ -93,7 +98,7 @@ def _named(kind):
     return f"{kind[0]}{kind[1]}-{kind[2]}"
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=_named)
+@pytest.fixture(scope="module", params=RUN, ids=_named)
 def case(request, tmp_path_factory):
     prefix, task, draw = request.param
     return _case(prefix, task, (SETTINGS, OTHERS)[draw][prefix], tmp_path_factory.mktemp("encoders") / "reference")

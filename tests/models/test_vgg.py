@@ -16,6 +16,7 @@ from jtl.models.vgg_config import CAFFE, VggConfig
 from jtl.models.vgg_layouts import keras_name
 from jtl.weights import convert, keras_file
 
+from ..covering import long_but, product  # noqa: TID252
 from . import pictures_parity as parity
 
 TORCHVISION, TIMM, KERAS = FAMILY.layouts
@@ -56,9 +57,21 @@ def _pictures(config, seed):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", ["Torchvision", "Timm"])
+@pytest.mark.parametrize(
+    ("kind", "seed", "training"),
+    # Odd seeds have a batch normalisation, in which training differs.
+    long_but(
+        product(("Torchvision", "Timm"), range(4), (False, True)),
+        [
+            ("Torchvision", 0, False),
+            ("Torchvision", 1, True),
+            ("Torchvision", 3, False),
+            ("Timm", 1, False),
+            ("Timm", 2, True),
+            ("Timm", 3, True),
+        ],
+    ),
+)
 def test_features_and_gradients_are_those_of_the_reference(kind, seed, training):
     """Of both libraries, in evaluation and in training, with the statistics after a step."""
     pooling, layout = {"Torchvision": ("adaptive", TORCHVISION), "Timm": ("sliding", TIMM)}[kind]

@@ -18,6 +18,7 @@ from jtl.models.vit_config import POOLS, ViTConfig
 from jtl.models.vit_layouts import POSITIONS, adapt_positions
 from jtl.weights import safetensors
 
+from ..covering import covering, long_but, product  # noqa: TID252
 from . import pictures_parity as parity
 
 LAYOUTS = {layout.name: layout for layout in FAMILY.layouts}
@@ -110,7 +111,7 @@ def _random_variables(model):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", long_but(range(8), (1, 2, 3, 4)))
 def test_features_and_gradients_are_those_of_the_reference(seed):
     reference = _transformers(("ViTModel", "DeiTModel")[seed // 2 % 2], _draw(seed), seed)
     config = _config(reference)
@@ -126,18 +127,18 @@ def test_features_and_gradients_are_those_of_the_reference(seed):
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("kind", "layout"),
-    [
-        ("ViTForImageClassification", "transformers"),
-        ("DeiTForImageClassification", "transformers"),
-        ("DeiTForImageClassificationWithTeacher", "transformers"),
-    ],
+    ("kind", "seed"),
+    covering(
+        product(
+            ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+            range(3),
+        )
+    ),
 )
-@pytest.mark.parametrize("seed", range(3))
-def test_logits_are_those_of_the_reference(seed, kind, layout):
+def test_logits_are_those_of_the_reference(kind, seed):
     reference = _transformers(kind, _draw(seed), seed, num_labels=OUTPUTS)
     config = _config(reference)
-    model, variables = _with_head(config, parity.state(reference), LAYOUTS[layout])
+    model, variables = _with_head(config, parity.state(reference), LAYOUTS["transformers"])
     images = _pictures(config)
     parity.check_logits(model, variables, images, reference(parity.to_torch(images)).logits)
 
@@ -152,8 +153,15 @@ def test_the_class_token_of_a_model_with_two_heads_takes_the_first():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["ViTForImageClassification", "DeiTForImageClassification"])
-@pytest.mark.parametrize("edges", [(40, 40), (56, 24), (8, 72), (24, 16), (16, 64)])
+@pytest.mark.parametrize(
+    ("kind", "edges"),
+    covering(
+        product(
+            ("ViTForImageClassification", "DeiTForImageClassification"),
+            ((40, 40), (56, 24), (8, 72), (24, 16), (16, 64)),
+        )
+    ),
+)
 def test_pictures_of_another_size_are_as_the_reference_interpolates(kind, edges):
     """To larger and smaller, odd and oblong grids, among them one with as many patches as the checkpoint's."""
     settings = _draw(0) | {"image_size": 32, "patch_size": 8}
@@ -219,8 +227,15 @@ def test_written_settings_and_names_are_loaded_strictly(kind, overrides, outputs
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["ViTForImageClassification", "DeiTForImageClassificationWithTeacher"])
-@pytest.mark.parametrize("format", ["jtl", "transformers"])
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    covering(
+        product(
+            ("ViTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+            ("jtl", "transformers"),
+        )
+    ),
+)
 def test_a_resized_checkpoint_is_loaded_and_saved(kind, format, tmp_path):
     settings = _draw(0) | {"image_size": 32, "patch_size": 8, "num_labels": OUTPUTS}
     reference = _transformers(kind, settings, 0)

@@ -202,7 +202,7 @@ def test_the_cut_lies_below_the_adapter(maker):
     assert cut.report.prefix_flops > 0.7 * cut.report.suffix_flops / 3
     cached = jax.jit(cut.prefix)(frozen, frozen.collections, BATCH)
     whole, parts = (
-        jtl.train_step(one, tx)(state, frozen, batch) for one, batch in ((loss, BATCH), (cut.suffix, cached))
+        jax.jit(jtl.train_step(one, tx))(state, frozen, batch) for one, batch in ((loss, BATCH), (cut.suffix, cached))
     )
     close(whole[0].params, parts[0].params)
     np.testing.assert_allclose(whole[1]["loss"], parts[1]["loss"], rtol=1e-5)

@@ -13,6 +13,8 @@ import jtl
 from jtl import errors, peft, tree
 from jtl.models.bert import Bert, BertConfig
 
+from ..covering import covering  # noqa: TID252
+
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(8, 6)).astype(np.float32), RNG.integers(0, 3, 8).astype(np.int32)
 BATCH = {"x": jnp.asarray(X), "label": jnp.asarray(Y)}
@@ -69,7 +71,7 @@ MAKERS = {
     "dora": (peft.dora, {"rank": 2, "alpha": 3.0}),
     "ia3": (peft.ia3, {"inputs": ["**/out"]}),
 }
-everywhere = pytest.mark.parametrize(("kind", "maker"), [(k, m) for k in TARGETS for m in MAKERS])
+everywhere = pytest.mark.parametrize(("kind", "maker"), covering([(k, m) for k in TARGETS for m in MAKERS], times=2))
 
 
 def made(kind, maker, **settings):

@@ -118,15 +118,14 @@ def settings(kind, case):
     return hf_peft.LoraConfig(**{**chosen, "target_modules": targets[kind] if isinstance(targets, dict) else targets})
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize(("kind", "case"), covering(product(["bert", "vit"], CASES)))
 def test_an_adapter_of_peft_gives_the_same_outputs_here_and_back_again(kind, case, tmp_path):
     whole = ("head",) if case == "whole head" else ()
     both_ways(kind, settings(kind, case), tmp_path, whole)
 
 
 @pytest.mark.parametrize(
-    ("kind", "case"), [(kind, case) for kind in OTHERS for case in OTHERS[kind] if case != "inputs"]
+    ("kind", "case"), covering((kind, case) for kind in OTHERS for case in OTHERS[kind] if case != "inputs")
 )
 def test_so_does_one_of_another_family(kind, case, tmp_path):
     chosen, turned = OTHERS[kind], {"fan_in_fan_out": kind == "gpt2"}

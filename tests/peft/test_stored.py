@@ -235,8 +235,7 @@ def temporary(format, count, scanned, adapt=True):
     return step.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("format", ["bfloat16", "int8", "nf4"])
-@pytest.mark.parametrize("adapt", [True, False])
+@pytest.mark.parametrize(("format", "adapt"), covering(product(["bfloat16", "int8", "nf4"], [True, False])))
 def test_a_step_holds_one_opened_kernel_more_than_a_float_base(format, adapt):
     kernel, activations = 128 * 128 * 4, 16 * 128 * 4
     stored, floats = (temporary(which, 8, False, adapt) for which in (format, None))
