@@ -276,7 +276,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(number, fields)
-    except (pyarrow.ArrowException, OSError) as error:
+    except errors.JtlError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise errors.DataError(f"{path}: cannot be read: {error}") from error
 
 

@@ -159,15 +159,20 @@ _KINDS = {
 """Settings that are read, and their types."""
 
 
+def _moderate(value: Any) -> bool:
+    """Whether a number is finite, and one that float32 has; anything else is."""
+    return not isinstance(value, _NUMBER) or abs(value) < 1e38  # NaN is not
+
+
 def _check_kinds(file: Path, settings: Mapping[str, Any]) -> None:
     for name, kinds in _KINDS.items():
         value = settings.get(name, 0 if kinds[0] is int else None)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not _moderate(value):
             expected = ", ".join(kind.__name__ for kind in kinds)
-            raise ConfigError(f"{file} sets {name}={value!r:.80}, expected one of {expected}: correct the file")
+            raise ConfigError(f"{file} sets {name}={value!r:.80}, expected {expected}: correct the file")
     for key, alpha in (settings.get("alpha_pattern") or {}).items():
         _pattern(file, key)
-        if type(alpha) not in _NUMBER:
+        if type(alpha) not in _NUMBER or not _moderate(alpha):
             raise ConfigError(f"{file} sets alpha_pattern of {key!r:.80} to {alpha!r:.80}, expected a number")
     names = settings.get("feedforward_modules") or ()
     if isinstance(names, str):
