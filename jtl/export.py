@@ -56,6 +56,10 @@ def save(
     quantized.require_plain(dict(variables), "saving")
     folder = Path(folder)
     check_new(folder)
+    head = getattr(model, "head", None)
+    outputs = None if type(head) is heads.Span else getattr(head, "outputs", None)  # a span's are no classes
+    if classes and outputs is not None and len(classes) != outputs:
+        raise ConfigError(f"{len(classes)} names of classes for a head of {outputs} outputs")
     if format == "jtl":
         name, settings = OWN, {**describe(model), "classes": list(classes), "notes": dict(notes or {})}
         tensors = dict(jtree.leaves_with_paths(dict(variables)))
@@ -82,8 +86,6 @@ def _as_transformers(
         settings["architectures"] = [prefix + (task_of(model) or family.bare(config))]
     if outputs is not None and not _has_own_outputs(model):
         names = list(classes) or [f"LABEL_{k}" for k in range(outputs)]
-        if len(names) != outputs:
-            raise ConfigError(f"{len(names)} names of classes for a head of {outputs} outputs")
         settings["id2label"] = {str(k): name for k, name in enumerate(names)}
         settings["label2id"] = {name: k for k, name in enumerate(names)}
     if family.modality == "image":

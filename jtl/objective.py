@@ -83,8 +83,9 @@ class Supervised:
           collections: the other collections, likewise.
 
         Returns:
-          `check(batch)`, which raises `DataError` for a missing entry, unequal lengths, inputs that the model's own
-          `check_batch(batch)` refuses, or targets out of range.
+          `check(batch)`, which raises `DataError` for a missing entry, unequal lengths, entries that are no numbers,
+          inputs or weights that are not finite, of arrays on the host, inputs that the model's own `check_batch(batch)`
+          refuses or that it cannot be called with, or targets out of range.
         """
         leaves, structure = jax.tree.flatten((params, collections))
         described = tuple((np.shape(leaf), jax.numpy.result_type(leaf)) for leaf in leaves)
@@ -100,6 +101,7 @@ class Supervised:
                 raise DataError(f"the batch's entries have different lengths: {rows}")
             if rows[self.target] == (0,):
                 raise DataError("the batch has no example")
+            losses.check_entries(batch, self.target)
             look = getattr(self.model, "check_batch", None)  # the families of texts have it
             if look is not None:
                 look(batch)
@@ -145,7 +147,16 @@ def _output_shape(
         with follow(Modes(params, jax.tree.map(lambda _: False, params))):
             return loss.apply(params, collections, batch, key=None)[0]
 
-    return getattr(jax.eval_shape(infer, params, collections, batch), "shape", None)
+    try:
+        outputs = jax.eval_shape(infer, params, collections, batch)
+    except (ConfigError, DataError):
+        raise
+    except Exception as error:  # whatever a model says of inputs that it cannot take
+        given = ", ".join(f"{name} {np.dtype(dtype).name}{list(shape)}" for name, shape, dtype in entries)
+        raise DataError(
+            f"the model {type(loss.model).__name__} cannot take this batch, {given}: {type(error).__name__}: {error}"
+        ) from error
+    return getattr(outputs, "shape", None)
 
 
 def supervised(

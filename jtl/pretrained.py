@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jtl import tree as jtree
-from jtl.errors import ConfigError
+from jtl.errors import ConfigError, JtlError
 from jtl.models import registry
 from jtl.models.family import Family, KeyLayout
 from jtl.models.recognise import Checkpoint, opened, with_overrides
@@ -101,8 +101,18 @@ def build(source: Source, head: nn.Module | None, overrides: Mapping[str, Any]) 
 
 
 def shapes(family: Family, model: Any) -> dict[str, PyTree]:
-    """The shapes and dtypes of a model's variables, without computing any."""
-    return variable_shapes(model, family.example(model.config))
+    """The shapes and dtypes of a model's variables, without computing any.
+
+    Raises:
+      ConfigError: the settings are of a model that cannot be, such as one whose sizes no array has.
+    """
+    try:
+        return variable_shapes(model, family.example(model.config))
+    except JtlError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"no {family.name} can be made by these settings: {reason:.300}") from error
 
 
 def _filled(

@@ -111,8 +111,10 @@ def _prepared(
         return None
     size, room = estimate(cut.prefix, frozen, batches), _room(directory) if limit is None else limit
     if size > room:
+        allowed = "are allowed" if limit is not None else f"may be used of {directory or 'the memory'}"
         raise CacheError(
-            f"the cache would take {size:,} bytes, and {room:,} are allowed; raise the limit or give a directory"
+            f"the cache would take {size:,} bytes, and {room:,} {allowed}; raise the limit or give a directory with "
+            "more room"
         )
     cache = build(cut.prefix, state, frozen, batches, directory=directory, on_batch=on_batch)
     where = "in memory" if directory is None else f"in {directory}"
@@ -154,4 +156,8 @@ def _room(directory: str | Path | None) -> int:
     path = Path(directory).absolute()
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free // 2
+    if not path.is_dir():
+        raise CacheError(f"{directory} is to hold a cache, and {path} is a file; give another directory")
+    # What an earlier run has stored there needs no more room.
+    stored = sum(file.stat().st_size for file in Path(directory).rglob("*.npy")) if Path(directory).is_dir() else 0
+    return shutil.disk_usage(path).free // 2 + stored

@@ -14,7 +14,7 @@ import numpy as np
 from jtl import tree as jtree
 from jtl.boundary import Prefix
 from jtl.cache import keys
-from jtl.cache.store import Signature, Store, gaps, signature
+from jtl.cache.store import Signature, Store, check_free, gaps, kept, row_bytes, signature
 from jtl.data import Batches, plans
 from jtl.errors import ConfigError, DataError
 from jtl.state import Frozen, TrainState
@@ -223,7 +223,8 @@ def build(
       The cache, complete.
 
     Raises:
-      CacheError: the disk is full or refuses; what is stored stays valid.
+      CacheError: the disk has too little room, which is said before anything is computed, is full or refuses; what is
+        stored stays valid.
       ConfigError: views without augmentation, or the other way round.
       DataError: no rows, or a batch that the loss cannot take.
     """
@@ -238,14 +239,18 @@ def build(
 
     digest, parts = _key(prefix, frozen, collections, source, revision, settings, views, augment, key)
     folder = None if directory is None else Path(directory) / digest[:32]
-    store = Store(folder)
-    found = store.load()
+    store, found = Store(folder), []
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "key.json").write_text(json.dumps(parts, indent=1), "utf-8")
+        with kept(folder):
+            found = store.load()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "key.json").write_text(json.dumps(parts, indent=1), "utf-8")
     cache = Cache(store, source.rows, views, digest, Compiled(prefix, frozen, collections), prepare)
     check, total = checker(prefix.boundary.loss_fn, state, frozen), views * source.batches
     missing = list(gaps(total, found))
+    if folder is not None and missing:
+        left = views * source.rows - sum(map(len, store.groups.values()))
+        check_free(folder, left * min(row_bytes(cache.group_of(batch)) for batch in source.shapes()))
     done = total - sum(stop - start for start, stop in missing)
     for start, stop in missing:
         for _ in _fill(cache, source, start, stop, shard_bytes, check):

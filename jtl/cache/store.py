@@ -4,9 +4,11 @@ A shard is a folder of plain `.npy` files. Training reads rows in random order, 
 `.npy` gives a row for the price of a copy; record and chunk formats would parse or decompress each one.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -44,6 +46,15 @@ class Shard(NamedTuple):
 def signature(entries: Mapping[str, Any]) -> Signature:
     """Of arrays `[batch, ...]`."""
     return tuple(sorted((name, tuple(value.shape[1:]), np.dtype(value.dtype).name) for name, value in entries.items()))
+
+
+def row_bytes(group: Signature) -> int:
+    """Of one row.
+
+    >>> row_bytes((("x", (2, 3), "float32"),))
+    24
+    """
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in group)
 
 
 class Store:
@@ -138,11 +149,16 @@ class Store:
             shutil.rmtree(draft, ignore_errors=True)
             if final.is_dir():  # another process wrote the same rows first
                 return self._open(final)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            size = sum(array.nbytes for array in entries.values())
+            # numpy tells of bytes that it could not write, and not why.
+            full = (
+                error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or shutil.disk_usage(self.folder).free < size
+            )
+            reason = "the disk is full" if full else error.strerror or error
             raise CacheError(
-                error.errno,
-                f"{'the disk is full' if full else error.strerror}: batches {start} to {stop - 1} could not be cached; "
-                "what was cached before is kept, and the same call goes on from there",
+                errno.ENOSPC if full else error.errno,
+                f"{reason}: batches {start} to {stop - 1} could not be cached; what was cached before is kept, and the "
+                "same call goes on from there",
                 str(self.folder),
             ) from error
         return self._open(final)
@@ -167,6 +183,45 @@ class Store:
         names = json.loads((folder / "shard.json").read_text("utf-8"))["names"]
         ids = np.load(folder / "ids.npy", allow_pickle=False)
         self.add(ids, {name: _mapped(folder / f"{k}.npy", dtype) for k, (name, dtype) in enumerate(names)})
+
+
+@contextlib.contextmanager
+def kept(folder: Path | str) -> Iterator[None]:
+    """Say of a place for a cache that it cannot be written or read, whatever the system says of it.
+
+    Raises:
+      CacheError: it cannot.
+    """
+    try:
+        yield
+    except CacheError:
+        raise
+    except OSError as error:
+        raise CacheError(
+            error.errno,
+            f"a cache cannot be kept there: {error.strerror or error}; give a directory that can be written, or none "
+            "to keep it in memory",
+            str(folder),
+        ) from error
+
+
+def check_free(folder: Path, needed: int) -> None:
+    """Refuse a place with too little room, before anything is computed for it.
+
+    Args:
+      folder: that exists.
+      needed: bytes that will be written.
+
+    Raises:
+      CacheError: it has less.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            errno.ENOSPC,
+            f"the cache needs {needed:,} bytes more and {free:,} are free; free some, or give a directory with more",
+            str(folder),
+        )
 
 
 def _joined(parts: list[Part]) -> Part:

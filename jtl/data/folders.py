@@ -95,6 +95,8 @@ def _files(folder: Path) -> list[Path]:
     for file in files:
         if file.is_dir():
             raise _nested(folder, file.name)
+        if file.exists() and not file.is_file():  # a pipe would be waited for, a device read for ever
+            raise errors.DataError(f"{file}: is no file but a pipe or a device; remove it")
     return files
 
 
@@ -151,12 +153,15 @@ def _hidden(name: str) -> bool:
 
 
 def _check_members(path: Path, infos: Iterable[zipfile.ZipInfo]) -> None:
-    seen = set()
+    seen, packed = set(), 0
     for info in infos:
+        packed += info.compress_size
         problem = _member_problem(info) or ("is there twice" if info.filename in seen else "")
         if problem:
             raise errors.DataError(f"{path}: the member {info.filename!r} {problem}; make the archive again")
         seen.add(info.filename)
+    if packed > path.stat().st_size:
+        raise errors.DataError(f"{path}: its members overlap, {packed:,} bytes of them in it; make the archive again")
 
 
 def _member_problem(info: zipfile.ZipInfo) -> str:
@@ -169,6 +174,10 @@ def _member_problem(info: zipfile.ZipInfo) -> str:
         return "is a link"
     if info.file_size > MOST_BYTES:
         return f"would unpack to {info.file_size:,} bytes, expected at most {MOST_BYTES:,}"
+    if info.file_size > max(tables.FLOOR >> 4, tables.RATIO * info.compress_size):
+        return (
+            f"would unpack from {info.compress_size:,} bytes to {info.file_size:,}, over {tables.RATIO} times as many"
+        )
     return ""
 
 

@@ -222,6 +222,11 @@ def _image(source: Source) -> Iterator[Any]:
 
     file = source if isinstance(source, str | os.PathLike) else io.BytesIO(content(source))
     with Image.open(file, formats=_FORMATS) as image:
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:  # Pillow itself refuses only twice as many
+            raise errors.DataError(
+                f"{_name(source)}: the picture has {image.width} x {image.height} pixels, expected at most {most:,}"
+            )
         yield image
 
 

@@ -59,6 +59,8 @@ def read(
         raise errors.SourceNotFoundError(
             f"{path}: there is no such file or folder{tables.nearest(path.name, siblings)}"
         )
+    if not path.is_dir() and not path.is_file():
+        raise errors.DataError(f"{path}: is a pipe or a device; expected a file or a folder: copy it to a file first")
     declared, aim = _declared(classes), target(task, separator)
     if path.is_dir() or path.suffix.lower() == ".zip":
         for what, given in {"of groups": group, "of second texts": second}.items():

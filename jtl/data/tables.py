@@ -101,6 +101,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+RATIO, FLOOR = 250, 16 << 20
+"""How many times its size a compressed file may unpack to, and the bytes to which any may."""
+
 _PARQUET_ROWS = 1024
 """Rows of a Parquet file that are in memory at a time."""
 
@@ -127,15 +130,38 @@ def opened(path: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
     Raises:
       DataError: it cannot be read.
     """
-    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower(), open)
+    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix.lower())
     try:
         with (
-            opener(path, "rb") as raw,
+            open(path, "rb") if opener is None else io.BufferedReader(_Unpacked(path, opener(path, "rb"))) as raw,
             io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline=newline) as file,
         ):
             yield file
     except (OSError, EOFError, zlib.error) as error:
         raise errors.DataError(f"{path}: cannot be read: {error}") from error
+
+
+class _Unpacked(io.RawIOBase):
+    """A compressed file that ends with an error where it unpacks to many times of what texts ever do."""
+
+    def __init__(self, path: Path, file: Any):
+        self._path, self._file, self._left = path, file, max(FLOOR, RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise errors.DataError(
+                f"{self._path}: unpacks to more than {RATIO} times its size; if it is not an attack, unpack it yourself"
+            )
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _empty(path: Path, columns: Sequence[str]) -> errors.DataError:
@@ -244,13 +270,29 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             _check_header(path, list(file.schema_arrow.names), columns)
             if not file.metadata.num_rows:
                 raise _empty(path, columns)
+            _check_size(path, file.metadata)
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(number, fields)
-    except (pyarrow.ArrowException, OSError) as error:
+    except errors.JtlError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise errors.DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_size(path: Path, metadata: Any) -> None:
+    """Refuse a small file of Parquet that stands for very much."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    size, rows = path.stat().st_size, metadata.num_rows
+    unpacked = sum(group.total_byte_size for group in groups)
+    # Rows that differ take a bit each at the very least.
+    if unpacked > max(FLOOR, RATIO * size) or rows > max(FLOOR >> 4, 8 * size):
+        raise errors.DataError(
+            f"{path}: declares {rows:,} rows of {unpacked:,} bytes in a file of {size:,}, expected at most {RATIO} "
+            "times its size, and 8 rows a byte; write it again"
+        )
 
 
 def _json_row(number: int, line: str, columns: Sequence[str]) -> Row:

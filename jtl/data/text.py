@@ -1,8 +1,9 @@
 """Token sequences of different lengths: encoding without padding, and the choice of padded lengths."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,13 +78,33 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise errors.missing_extra("transformers", "text") from error
-    try:
+    with answering(f"{path}: transformers cannot load a tokenizer from this folder"):
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # transformers indexes into these files as it finds them, so a malformed one may raise any of these.
-        reason = f"{type(error).__name__}: {error}"
-        raise errors.ConfigError(f"{path}: transformers cannot load a tokenizer from this folder: {reason}") from error
     return fast(loaded)
+
+
+@contextlib.contextmanager
+def answering(what: str) -> Iterator[None]:
+    """Turn whatever a tokenizer's library raises over a malformed file into one error that says what failed.
+
+    transformers indexes into these files as it finds them; the library in Rust raises bare exceptions, and panics,
+    which Python does not count among exceptions.
+
+    Args:
+      what: could not be done.
+
+    Raises:
+      ConfigError: it could not.
+    """
+    try:
+        yield
+    except errors.JtlError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise errors.ConfigError(f"{what}: {reason:.400}; get its files again") from error
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, pairs: Sequence[str] | None = None) -> Encoded:
@@ -106,20 +127,22 @@ def encode(tokenizer: Any, texts: Sequence[str], *, max_length: int, pairs: Sequ
         part = slice(start, start + CHUNK)
         second = None if pairs is None else list(pairs[part])
         typed = True if second is not None else None  # a folder's settings may have forgotten that a model needs them
-        batch = tokenizer(
-            list(texts[part]),
-            second,
-            truncation=True,
-            max_length=max_length,
-            padding=False,
-            return_token_type_ids=typed,
-        )
+        with answering("the tokenizer fails on these texts"):
+            batch = tokenizer(
+                list(texts[part]),
+                second,
+                truncation=True,
+                max_length=max_length,
+                padding=False,
+                return_token_type_ids=typed,
+            )
         check_tokens("text", start, texts, batch.encodings)
         ids.append(batch["input_ids"])
         types.append(batch.get("token_type_ids"))
         truncated += sum(bool(encoding.overflowing) for encoding in batch.encodings)
     token_types = None if types[0] is None else joined(types, 0)
-    return Encoded(joined(ids, padding(tokenizer)), token_types, truncated)
+    with answering("the tokenizer gives ids that are none"):
+        return Encoded(joined(ids, padding(tokenizer)), token_types, truncated)
 
 
 def check_room(tokenizer: Any, max_length: int, *, pair: bool = False) -> None:
@@ -283,9 +306,9 @@ def _refuse_remote_code(config: Path) -> None:
         return
     try:
         settings = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise errors.ConfigError(f"{config}: not JSON: {error}") from error
-    if isinstance(settings, dict) and "AutoTokenizer" in (settings.get("auto_map") or {}):
+    if isinstance(settings, dict) and "AutoTokenizer" in str(settings.get("auto_map")):
         raise errors.ConfigError(
             f"{config}: the tokenizer needs Python code from its checkpoint (auto_map), which is never run; "
             "save it with tokenizer.json alone"

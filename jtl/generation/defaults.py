@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jtl.errors import ConfigError
-from jtl.models.family import read_json
+from jtl.weights.json_file import read_json
 
 FILE = "generation_config.json"
 

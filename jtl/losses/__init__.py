@@ -6,10 +6,11 @@ more to say, as `weighted` and `per_token` make:
     weigh(targets) -> [batch]         what each example counts in the mean, where that is not 1
     check(output_shape, targets)      on the host: `DataError` for targets that it would turn into nonsense
 
-`check_targets` is what each loss demands of its targets, decided on the host.
+`check_targets` is what each loss demands of its targets, decided on the host; `check_entries` what all demand of a
+batch.
 """
 
-from jtl.losses.checks import check_targets
+from jtl.losses.checks import check_entries, check_targets
 from jtl.losses.examples import (
     Loss,
     binary_cross_entropy,
@@ -28,6 +29,7 @@ __all__ = [
     "Weighted",
     "binary_cross_entropy",
     "binary_focal",
+    "check_entries",
     "check_targets",
     "class_weights",
     "cross_entropy",

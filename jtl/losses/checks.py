@@ -1,9 +1,10 @@
 """What each loss demands of its targets, decided on the host."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jtl.errors import DataError
@@ -47,6 +48,58 @@ def check_targets(loss: Loss, output_shape: tuple[int, ...] | None, targets: Any
         raise DataError(f"{name_of(loss)} takes one array of outputs, this model gives several: has it a head?")
     check_count("alpha", settings.get("alpha"), output_shape[-1])
     check(output_shape, np.asarray(targets))
+
+
+def check_entries(batch: Mapping[str, Any], target: str) -> None:
+    """Refuse entries of a batch that are no numbers, and inputs or weights with which nothing can be learnt.
+
+    What lies on a device is not looked into: it would have to be copied.
+
+    Args:
+      batch: arrays that lead with the batch axis.
+      target: the entry that is not looked into either; the loss has a check of its own.
+
+    Raises:
+      DataError: names the entry, the example and the place in it.
+
+    >>> check_entries({"x": np.array([[1.0], [np.nan]]), "label": np.array([0, 1])}, "label")
+    Traceback (most recent call last):
+      ...
+    jtl.errors.DataError: 'x' of example 1 has nan at [0]: expected finite numbers; leave the example out, or fill it in
+    """
+    weight = batch.get("weight")
+    counted = np.asarray(weight) != 0 if isinstance(weight, np.ndarray) and weight.ndim == 1 else None
+    for name, value in batch.items():
+        given = value if hasattr(value, "dtype") else np.asarray(value)
+        if not (jnp.issubdtype(given.dtype, np.number) or given.dtype == bool):
+            raise DataError(f"{name!r} is {given.dtype}{list(np.shape(given))}: expected numbers; encode it first")
+        if name != target and isinstance(given, np.ndarray) and jnp.issubdtype(given.dtype, np.floating):
+            _check_finite(name, given, counted if name != "weight" else None)
+    if isinstance(weight, np.ndarray):
+        _check_weight(weight)
+
+
+def _check_finite(name: str, values: np.ndarray, counted: np.ndarray | None) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.sum(values)):  # one pass; sums may overflow, so the other answer proves nothing
+            return
+    wrong = ~np.isfinite(values)
+    if counted is not None:  # filler may hold anything
+        wrong &= counted.reshape(-1, *(1,) * (values.ndim - 1))
+    if wrong.any():
+        row, *place = np.argwhere(wrong)[0].tolist()
+        raise DataError(
+            f"{name!r} of example {row} has {values[(row, *place)]}{f' at {place}' if place else ''}: expected finite "
+            "numbers; leave the example out, or fill it in"
+        )
+
+
+def _check_weight(weight: np.ndarray) -> None:
+    if weight.ndim != 1:
+        raise DataError(f"'weight' has the shape {list(weight.shape)}: expected [batch], one weight of each example")
+    if weight.size and weight.min() < 0:
+        row = int(weight.argmin())
+        raise DataError(f"'weight' of example {row} is {weight[row]}: expected 0 or more; 0 leaves an example out")
 
 
 def takes_labels(loss: Loss) -> bool | None:
@@ -101,8 +154,12 @@ def _check_hard(output_shape: tuple[int, ...], targets: np.ndarray) -> None:
 def _check_regression(output_shape: tuple[int, ...], targets: np.ndarray) -> None:
     if _without_lone_axis(targets.shape) != _without_lone_axis(output_shape):
         raise DataError(f"targets have shape {targets.shape}, the model's outputs {output_shape}")
-    if not np.all(np.isfinite(targets.astype(np.float64))):
-        raise DataError(f"{int((~np.isfinite(targets.astype(np.float64))).sum())} targets are not finite")
+    wrong = np.argwhere(~np.isfinite(targets.astype(np.float64)))
+    if len(wrong):
+        raise DataError(
+            f"the target of example {wrong[0][0]} is {targets[tuple(wrong[0])]}: {len(wrong)} targets are not finite; "
+            "leave their examples out"
+        )
 
 
 def _without_lone_axis(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import check_overrides, fields_from_json, read_json
+from jtl.models.family import check_overrides, fields_from_json
+from jtl.weights.json_file import read_json
 
 POOLS = ("pooler", "mean", "cls", "max")
 
@@ -116,7 +117,7 @@ def parsed(
             )
     pooling = None if folder is None or "pool" in overrides else _sentence_pooling(folder)
     chosen = fields_from_json(config, settings) | ({"pool": pooling} if pooling else {})
-    return config(**{**chosen, **overrides})
+    return config(**fields_from_json(config, {**chosen, **overrides}))
 
 
 def _sentence_pooling(folder: Path) -> str | None:

@@ -31,10 +31,11 @@ from jtl import heads
 from jtl.errors import ConfigError
 from jtl.models.efficientnet_config import VARIANTS, EfficientNetConfig, network, odd_blocks, scaled
 from jtl.models.efficientnet_layouts import LAYOUTS, infer
-from jtl.models.family import Family, ImageInput, check_overrides, fields_from_json, read_json
+from jtl.models.family import Family, ImageInput, check_overrides, fields_from_json
 from jtl.models.inverted_residual import InvertedResidualNet, Network, depth_groups
 from jtl.models.inverted_residual_layouts import parse_timm
-from jtl.models.pictures import image_input
+from jtl.models.pictures import image_input, pair
+from jtl.weights.json_file import read_json
 
 _TIMM = {"in_chans": "num_channels", "drop_rate": "dropout_rate", "drop_path_rate": "drop_connect_rate"}
 """Arguments of timm's models, and the settings that they are."""
@@ -73,15 +74,14 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
     chosen = fields_from_json(EfficientNetConfig, settings)
     if "model_type" in settings and "input" not in {*chosen, *overrides}:
         chosen["input"] = _input(settings, folder)
-    config = EfficientNetConfig(**{**chosen, **overrides})
+    config = EfficientNetConfig(**fields_from_json(EfficientNetConfig, {**chosen, **overrides}))
     if "model_type" in settings:
         _check(settings, config)
     return config
 
 
 def _input(settings: Mapping[str, Any], folder: Path | None) -> ImageInput:
-    size = settings.get("image_size", EfficientNetConfig.input.size[0])
-    edges = (size, size) if isinstance(size, int) else tuple(size)
+    edges = pair(settings.get("image_size", EfficientNetConfig.input.size[0]), "image_size")
     default = ImageInput(size=edges, resize="exact", resize_to=None)
     path = folder / "preprocessor_config.json" if folder is not None else None
     found = read_json(path) if path is not None and path.is_file() else None

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
-import json
+import math
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 
 from jtl import heads
-from jtl.errors import ConfigError, WeightsError
+from jtl.errors import ConfigError
 from jtl.weights.convert import KeyRule
 
 
@@ -195,21 +197,6 @@ def check_overrides(config: type, overrides: Mapping[str, Any]) -> None:
             raise ConfigError(f"{config.__name__} has no field {name!r}; nearest: {', '.join(near)}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      WeightsError: it is not JSON, or not an object.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{path} holds a {type(settings).__name__}, expected an object")
-    return settings
-
-
 def fields_from_json(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration among settings read from JSON, with the types that the fields have.
 
@@ -218,13 +205,49 @@ def fields_from_json(config: type, settings: Mapping[str, Any]) -> dict[str, Any
     Args:
       config: a dataclass.
       settings: by name; what is no field is left out.
+
+    Raises:
+      ConfigError: a value is of another type than its field, a number not finite or far too large.
     """
-    types = {field.name: field.type for field in dataclasses.fields(config)}
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
     chosen: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in types
+        name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in kinds
     }
-    chosen |= {name: float(v) for name, v in chosen.items() if types[name] in (float, float | None) and type(v) is int}
+    chosen |= {name: _float(v) for name, v in chosen.items() if kinds[name] in (float, float | None)}
     if isinstance(chosen.get("input"), Mapping):
         check_overrides(ImageInput, chosen["input"])
         chosen["input"] = ImageInput(**fields_from_json(ImageInput, chosen["input"]))
+    for name, value in chosen.items():
+        kind = kinds[name]
+        if not _fits(value, kind):
+            expected = kind.__name__ if isinstance(kind, type) and kind is not tuple else kind
+            given = f"{value!r:.80}"
+            raise ConfigError(f"{config.__name__} has {name}={given}, expected {expected}: correct the settings")
     return chosen
+
+
+_MOST = 2**31 - 1
+"""The largest whole number that a setting can mean: XLA's own index of a dimension."""
+
+
+def _float(value: Any) -> Any:
+    return float(value) if type(value) is int and abs(value) <= _MOST else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a field.
+
+    >>> _fits((1, 2), tuple[int, ...]), _fits(True, int), _fits(None, int | None), _fits(float("nan"), float)
+    (True, False, True, False)
+    """
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is ... else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is int:
+        return type(value) is int and abs(value) <= _MOST
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, kind)

@@ -96,7 +96,7 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
             "config.json sets add_cross_attention=True; jtl's GPT-2 has only add_cross_attention=False: it is the "
             "decoder of an encoder-decoder model, not a model of its own"
         )
-    return GPT2Config(**{**fields_from_json(GPT2Config, settings), **overrides})
+    return GPT2Config(**fields_from_json(GPT2Config, {**settings, **overrides}))
 
 
 def settings(config: GPT2Config, outputs: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model of texts refuses on the host: ids that its tables do not have would silently read other rows."""
+"""What a model refuses on the host: ids that its tables do not have would silently read other rows, and the like."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +44,23 @@ def check_tokens(
         _check_range("token_type_ids", np.asarray(batch["token_type_ids"]), types, "leave them out for single texts")
     if mask in batch:
         _check_mask(mask, np.asarray(batch[mask]), tokens.shape, batch.get("weight"))
+
+
+def check_pictures(batch: Mapping[str, Any]) -> None:
+    """Refuse pictures that are still bytes: a model would take 0 to 255 for what it was trained on.
+
+    Args:
+      batch: arrays, of which pictures are `[batch, height, width, channels]`.
+
+    Raises:
+      DataError: says what to do.
+    """
+    for name, value in batch.items():
+        if np.ndim(value) == 4 and np.dtype(value.dtype).kind in "iub":
+            raise DataError(
+                f"{name} are {value.dtype}{list(np.shape(value))}: expected floats, normalised as the model's "
+                "config.input says; jtl.data.picture_batches gives them, and jtl.augment.normalize on the device"
+            )
 
 
 def _check_range(name: str, values: np.ndarray, count: int, remedy: str) -> None:

@@ -15,7 +15,7 @@ References:
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.convolution import BatchNorm, Conv, Padding
 from jtl.models.family import PictureFeatures
+from jtl.models.inputs import check_pictures
 from jtl.models.layers import call_head
 
 ACTS: dict[str, Callable[[jax.Array], jax.Array]] = {**ACTIVATIONS, "relu6": nn.relu6}
@@ -228,6 +229,10 @@ class InvertedResidualNet(nn.Module):
         """
         features = self.features(images, deterministic=deterministic)
         return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that the model cannot mean; see `jtl.models.inputs`."""
+        check_pictures(batch)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jtl.errors import ConfigError
 from jtl.models.convolution import conv_rules, norm_rules
+from jtl.models.family import fields_from_json
 from jtl.models.inverted_residual import Block, Network
 from jtl.models.pictures import image_input
 from jtl.weights.convert import KEEP, TRANSPOSE, KeyRule
@@ -180,4 +181,4 @@ def parse_timm(
     chosen = {**{arguments[key]: value for key, value in given.items()}, **overrides}
     if "input" not in chosen:
         chosen["input"] = image_input(settings.get("pretrained_cfg"), variants[name].input)
-    return dataclasses.replace(variants[name], **chosen)
+    return dataclasses.replace(variants[name], **fields_from_json(type(variants[name]), chosen))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jtl import heads
 from jtl.errors import ConfigError
-from jtl.models.family import Family, ImageInput, KeyLayout, check_overrides, fields_from_json, read_json
+from jtl.models.family import Family, ImageInput, KeyLayout, check_overrides, fields_from_json
 from jtl.models.inverted_residual import InvertedResidualNet, Network, depth_groups, divisible
 from jtl.models.inverted_residual_layouts import (
     BlockNames,
@@ -43,8 +43,9 @@ from jtl.models.inverted_residual_layouts import (
     timm_names,
 )
 from jtl.models.mobilenet_v2_config import INPUT, STRIDES, MobileNetV2Config, network
-from jtl.models.pictures import image_input
+from jtl.models.pictures import image_input, pair
 from jtl.weights.convert import KeyRule
+from jtl.weights.json_file import read_json
 
 
 class MobileNetV2(InvertedResidualNet):
@@ -175,11 +176,10 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
     preprocessor = folder / "preprocessor_config.json" if folder is not None else None
     if "model_type" in settings and "input" not in {*chosen, *overrides}:
         found = read_json(preprocessor) if preprocessor is not None and preprocessor.is_file() else None
-        size = settings.get("image_size", 224)
-        edges = (size, size) if isinstance(size, int) else tuple(size)
+        edges = pair(settings.get("image_size", 224), "image_size")
         default = dataclasses.replace(INPUT, size=edges, resize_to=min(edges) + 32)
         chosen["input"] = image_input(found, default, processor="MobileNetV2")
-    return MobileNetV2Config(**{**chosen, **overrides})
+    return MobileNetV2Config(**fields_from_json(MobileNetV2Config, {**chosen, **overrides}))
 
 
 def infer(

@@ -74,6 +74,22 @@ def image_input(
     return _from_transformers(name, {**PROCESSORS[name], **settings})
 
 
+def pair(value: Any, name: str) -> tuple[int, int]:
+    """Height and width, where a file may give one number for both.
+
+    Args:
+      value: pixels, or two numbers.
+      name: of the setting.
+
+    Raises:
+      ConfigError: something else.
+    """
+    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    if len(both) != 2 or not all(type(edge) is int and 0 < edge < 2**31 for edge in both):
+        raise ConfigError(f"{name} is {value!r:.80}: expected pixels, or height and width")
+    return both
+
+
 def _processor(settings: Mapping[str, Any], fallback: str | None) -> str:
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or fallback
     name = str(named or "")

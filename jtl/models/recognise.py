@@ -1,7 +1,9 @@
 """Of which family a checkpoint is, with which configuration, in which library's layout."""
 
+import contextlib
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +12,12 @@ import flax.linen as nn
 import numpy as np
 
 from jtl import heads
-from jtl.errors import ConfigError, SourceNotFoundError, WeightsError
+from jtl.errors import ConfigError, JtlError, SourceNotFoundError, WeightsError
 from jtl.models import registry
-from jtl.models.family import Family, KeyLayout, read_json
+from jtl.models.family import Family, KeyLayout, check_overrides, fields_from_json
 from jtl.weights import convert
 from jtl.weights.assets import ASSETS
+from jtl.weights.json_file import read_json
 from jtl.weights.source import Source
 from jtl.weights.tensors import Tensors, open_tensors
 
@@ -63,17 +66,53 @@ def opened(source: Source, overrides: Mapping[str, Any], *, weights: bool = True
     family, config, settings = _configured(source, folder, tensors, overrides)
     if tensors is None:
         return Checkpoint(source, family, config, None, None, None)
+    _check_depth(source, config, tensors)
     layout = _layout(family, config, tensors, source.name)
     named = tensors.renamed(layout.rename, source.name)
-    config = family.settle(config, named)
-    head, layout = _head(family, config, layout, named, settings) if own_head else (None, layout)
+    with _of_file(folder / "config.json"):
+        config = family.settle(config, named)
+        head, layout = _head(family, config, layout, named, settings) if own_head else (None, layout)
     return Checkpoint(source, family, config, head, named, layout)
 
 
 def _own(source: Source, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     family = registry.get(settings.get("family"))
-    config = family.parse(settings.get("config", {}), None, overrides)
-    return Checkpoint(source, family, config, _own_head(family, config, settings), open_tensors(source.path), None)
+    with _of_file(source.path / OWN):
+        given = settings.get("config", {})
+        config = family.parse(given, None, overrides)
+        check_overrides(type(config), given)
+        head = _own_head(family, config, settings)
+    tensors = open_tensors(source.path)
+    _check_depth(source, config, tensors)
+    return Checkpoint(source, family, config, head, tensors, None)
+
+
+@contextlib.contextmanager
+def _of_file(file: Path) -> Iterator[None]:
+    """Say of which file the settings are, whatever is wrong with them: a list for a text, a text for a number."""
+    try:
+        yield
+    except JtlError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{file} has settings that cannot be read: {reason:.200}; fetch it again") from error
+
+
+_BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "depths", "num_block_repeats")
+"""The fields of configurations that say how many blocks there are, in all or in each stage."""
+
+
+def _check_depth(source: Source, config: Any, tensors: Tensors) -> None:
+    """Refuse more blocks than there are tensors, before anything is made for each block."""
+    found = [getattr(config, name, None) or 0 for name in _BLOCKS]
+    blocks = sum(sum(value) if isinstance(value, tuple) else value for value in found)
+    blocks *= getattr(config, "depth_coefficient", 1.0)
+    if blocks > max(len(tensors), 1):
+        raise ConfigError(
+            f"{source.name} is to have {blocks:,.0f} blocks by its settings, and has {len(tensors)} tensors: they are "
+            "not of one checkpoint"
+        )
 
 
 def _own_head(family: Family, config: Any, settings: Mapping[str, Any]) -> nn.Module | None:
@@ -84,7 +123,11 @@ def _own_head(family: Family, config: Any, settings: Mapping[str, Any]) -> nn.Mo
     kind = saved.get("kind", type(family.head(config, 1)).__name__)
     if kind not in known:
         raise ConfigError(f"{OWN} has a head of the kind {kind!r}; jtl has {sorted(known)}")
-    return known[kind](**{name: value for name, value in saved.items() if name != "kind"})
+    given = {name: value for name, value in saved.items() if name != "kind"}
+    check_overrides(known[kind], given)
+    if {"parent", "name"} & set(given):
+        raise ConfigError(f"{OWN} gives its head {sorted(given)}: the parent and the name are linen's own")
+    return known[kind](**fields_from_json(known[kind], given))
 
 
 def _tensors(source: Source, *, required: bool) -> Tensors | None:
@@ -105,15 +148,27 @@ def _configured(
         raise ConfigError(f"{asset.name} is of the family {asset.family!r}; jtl has {sorted(registry.FAMILIES)}")
     if (folder / "config.json").is_file():
         settings = read_json(folder / "config.json")
+        _refuse_code(folder / "config.json", settings)
         timm = "architecture" in settings and "model_type" not in settings
         family = (
             registry.of_architecture(settings["architecture"]) if timm else registry.get(settings.get("model_type"))
         )
-        return family, family.parse(settings, folder, overrides), settings
+        with _of_file(folder / "config.json"):
+            return family, family.parse(settings, folder, overrides), settings
     if tensors is None:
         raise SourceNotFoundError(f"{folder / 'config.json'} does not exist: a checkpoint has it beside its weights")
     family, config = _inferred(source, tensors, overrides)
     return family, with_overrides(family, config, overrides), {}
+
+
+def _refuse_code(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that means more than its settings say: what its own code would make of them."""
+    asked = [name for name in ("auto_map", "custom_pipelines", "trust_remote_code") if settings.get(name)]
+    if asked:
+        raise ConfigError(
+            f"{file} asks for Python code from its checkpoint ({', '.join(asked)}), which is never run; if it is a "
+            f"plain {settings.get('model_type')!r} all the same, take that out of the file"
+        )
 
 
 def with_overrides(family: Family, config: Any, overrides: Mapping[str, Any]) -> Any:
@@ -142,13 +197,17 @@ def _inferred(source: Source, tensors: Tensors, overrides: Mapping[str, Any]) ->
 
 def _nearest(tensors: Iterable[str]) -> str:
     """The families whose layouts share the most names with a checkpoint."""
-    scores = {}
+    scores, tensors = {}, list(itertools.islice(tensors, _ENOUGH))
     for family in registry.families():
         config = next(iter(family.variants.values()), None)
         for layout in family.layouts if config is not None else ():
             scores[f"{family.name} ({layout.name})"] = _likeness(layout, config, tensors)
     best = sorted(scores, key=lambda name: -scores[name])[:3]
     return f"the nearest families are {', '.join(best)}"
+
+
+_ENOUGH = 2000
+"""Names of tensors that tell which families are near."""
 
 
 def _likeness(layout: KeyLayout, config: Any, tensors: Iterable[str]) -> float:

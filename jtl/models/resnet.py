@@ -15,6 +15,7 @@ References:
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,7 @@ from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.convolution import BatchNorm, Conv, max_pool
 from jtl.models.family import Family, PictureFeatures
+from jtl.models.inputs import check_pictures
 from jtl.models.layers import call_head
 from jtl.models.resnet_config import VARIANTS, LayerShape, ResNetConfig, block_layers, parse, settings, stage_strides
 from jtl.models.resnet_layouts import LAYOUTS, infer
@@ -111,6 +113,10 @@ class ResNet(nn.Module):
         """
         features = self.features(images, deterministic=deterministic)
         return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that the model cannot mean; see `jtl.models.inputs`."""
+        check_pictures(batch)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

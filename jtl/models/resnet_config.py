@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import ImageInput, check_overrides, fields_from_json, read_json
+from jtl.models.family import ImageInput, check_overrides, fields_from_json
 from jtl.models.pictures import image_input
+from jtl.weights.json_file import read_json
 
 LAYER_TYPES = ("basic", "bottleneck")
 REDUCTION = 4

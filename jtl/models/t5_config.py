@@ -141,7 +141,7 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
         "encoder_only": architecture.endswith(_ENCODERS),
         **(MT5 if settings.get("model_type") == "mt5" else {}),
     }
-    return T5Config(**{**chosen, **fields_from_json(T5Config, settings), **overrides})
+    return T5Config(**fields_from_json(T5Config, {**chosen, **settings, **overrides}))
 
 
 def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:

@@ -12,6 +12,7 @@ References:
   Keras distributes, are under CC BY 4.0.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from jtl import heads
 from jtl.errors import ConfigError
 from jtl.models.convolution import BatchNorm, Conv, convolve, max_pool
 from jtl.models.family import Family, PictureFeatures
+from jtl.models.inputs import check_pictures
 from jtl.models.layers import Dense, Dropout, call_head
 from jtl.models.vgg_config import VARIANTS, VggConfig, parse
 from jtl.models.vgg_layouts import LAYOUTS, infer
@@ -106,6 +108,10 @@ class Vgg(nn.Module):
         """
         features = self.features(images, deterministic=deterministic)
         return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that the model cannot mean; see `jtl.models.inputs`."""
+        check_pictures(batch)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

@@ -14,6 +14,7 @@ References:
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.attention import IMPLEMENTATIONS, SelfAttention
 from jtl.models.family import Family, PictureFeatures
+from jtl.models.inputs import check_pictures
 from jtl.models.layers import Dense, Dropout, Mlp, call_head, layer_norm
 from jtl.models.stack import stack
 from jtl.models.tracing import random_init
@@ -153,6 +155,10 @@ class ViT(nn.Module):
         """
         features = self.features(images, deterministic=deterministic)
         return features if self.head is None else call_head(self.head, features, deterministic=deterministic)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a batch that the model cannot mean; see `jtl.models.inputs`."""
+        check_pictures(batch)
 
     @nn.compact
     def features(self, images: jax.Array, *, deterministic: bool = True) -> PictureFeatures:

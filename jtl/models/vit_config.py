@@ -14,8 +14,9 @@ from typing import Any
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import ImageInput, check_overrides, fields_from_json, read_json
-from jtl.models.pictures import image_input
+from jtl.models.family import ImageInput, check_overrides, fields_from_json
+from jtl.models.pictures import image_input, pair
+from jtl.weights.json_file import read_json
 
 POOLS = ("cls", "mean", "pooler", "distilled")
 """Where pooled features come from; see `ViTConfig`."""
@@ -198,32 +199,20 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
         fields = {**dataclasses.asdict(ViTConfig()), **settings}
     chosen = _typed({**fields, **overrides})
     if "checkpoint_size" not in overrides:
-        stored = _pair(fields["image_size"], "image_size")
+        stored = pair(fields["image_size"], "image_size")
         chosen["checkpoint_size"] = None if stored == chosen["image_size"] else stored
     return ViTConfig(**chosen)
 
 
 def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as JSON gives them, in the types of `ViTConfig`."""
-    values = fields_from_json(ViTConfig, fields)
-    values["image_size"] = _pair(values["image_size"], "image_size")
-    if values.get("checkpoint_size") is not None:
-        values["checkpoint_size"] = _pair(values["checkpoint_size"], "checkpoint_size")
-    patch = _pair(values.get("patch_size", ViTConfig.patch_size), "patch_size")
+    fields = {**fields, "image_size": pair(fields["image_size"], "image_size")}
+    if fields.get("checkpoint_size") is not None:
+        fields["checkpoint_size"] = pair(fields["checkpoint_size"], "checkpoint_size")
+    patch = pair(fields.get("patch_size", ViTConfig.patch_size), "patch_size")
     if patch[0] != patch[1]:
         raise ConfigError(f"patch_size {patch}: jtl's ViT has square patches alone")
-    values["patch_size"] = patch[0]
-    for field in dataclasses.fields(ViTConfig):
-        if field.type is float and isinstance(values.get(field.name), int):
-            values[field.name] = float(values[field.name])
-    return values
-
-
-def _pair(value: Any, name: str) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or not all(isinstance(edge, int) for edge in both):
-        raise ConfigError(f"{name} is {value!r}: expected pixels, or height and width")
-    return both
+    return fields_from_json(ViTConfig, {**fields, "patch_size": patch[0]})
 
 
 def _from_transformers(settings: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:

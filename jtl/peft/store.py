@@ -25,7 +25,6 @@ import numpy as np
 from jtl import tree as jtree
 from jtl.errors import ConfigError, SourceNotFoundError, WeightsError
 from jtl.models import registry
-from jtl.models.family import read_json
 from jtl.models.naming import layout_of, naming
 from jtl.peft.adapter import Adapter, detach, joined
 from jtl.peft.ia3 import ia3
@@ -33,6 +32,7 @@ from jtl.peft.lora import dora, lora, scale_of
 from jtl.typing import Variables
 from jtl.weights import convert, safetensors
 from jtl.weights.folders import check_new, new_folder
+from jtl.weights.json_file import read_json
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -147,12 +147,62 @@ def save(
         (unfinished / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+_NUMBER = (int, float)
+_KINDS = {
+    "lora_alpha": _NUMBER,
+    "lora_dropout": (*_NUMBER, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "feedforward_modules": (str, list, type(None)),
+    "use_dora": (bool, type(None)),
+    "use_rslora": (bool, type(None)),
+}
+"""Settings that are read, and their types."""
+
+
+def _moderate(value: Any) -> bool:
+    """Whether a number is finite, and one that float32 has; anything else is."""
+    return not isinstance(value, _NUMBER) or abs(value) < 1e38  # NaN is not
+
+
+def _check_kinds(file: Path, settings: Mapping[str, Any]) -> None:
+    for name, kinds in _KINDS.items():
+        value = settings.get(name, 0 if kinds[0] is int else None)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not _moderate(value):
+            expected = ", ".join(kind.__name__ for kind in kinds)
+            raise ConfigError(f"{file} sets {name}={value!r:.80}, expected {expected}: correct the file")
+    for key, alpha in (settings.get("alpha_pattern") or {}).items():
+        _pattern(file, key)
+        if type(alpha) not in _NUMBER or not _moderate(alpha):
+            raise ConfigError(f"{file} sets alpha_pattern of {key!r:.80} to {alpha!r:.80}, expected a number")
+    names = settings.get("feedforward_modules") or ()
+    if isinstance(names, str):
+        _pattern(file, names)
+    elif not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{file} sets feedforward_modules={names!r:.80}, expected names of modules")
+
+
+def _pattern(file: Path, key: str) -> None:
+    """Refuse an expression that cannot be read, or that could search for years: a repetition of a repetition."""
+    try:
+        re.compile(key)
+        reason = "repeats a group" if _REPEATED.search(key) else ""
+        reason = reason or ("repeats more than three things" if len(_REPEATS.findall(key)) > 3 else "")
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = f"is no regular expression: {error}"
+    if reason:
+        raise ConfigError(f"{file}: the pattern {key!r:.80} {reason}; name the modules plainly")
+
+
+_REPEATED, _REPEATS = re.compile(r"\)[*+?{]"), re.compile(r"[*+{]")
+
+
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("peft_type") not in ("LORA", "IA3"):
         raise ConfigError(f"{folder} holds an adapter of the type {settings.get('peft_type')!r}; LORA and IA3 are read")
+    _check_kinds(folder / CONFIG, settings)
     for name, allowed in _REFUSED.items():
         if settings.get(name, allowed[0]) not in allowed:
-            raise ConfigError(f"{folder / CONFIG} sets {name}={settings[name]!r}, which jtl does not have")
+            raise ConfigError(f"{folder / CONFIG} sets {name}={settings[name]!r:.80}, which jtl does not have")
     start = settings.get("init_lora_weights", True)
     if start not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ConfigError(

@@ -12,8 +12,9 @@ name a file beside it.
 import json
 import math
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jtl.errors import SourceNotFoundError, WeightsError
+from jtl.weights.json_file import read_json
 from jtl.weights.reading import Stream, file_into, file_state
 
 SINGLE = "model.safetensors"
@@ -50,6 +52,11 @@ _DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
+
+_MOST_HEADER = 8 << 20
+"""The largest header that is read, in bytes: of some sixty thousand tensors. It takes fifteen times its size."""
+
+_MOST_AXES = 64  # of numpy's arrays
 
 _T = TypeVar("_T")
 
@@ -120,9 +127,15 @@ def _offsets(file: Path) -> tuple[tuple[int, int], dict[str, int]]:
     """A file's state, and where each tensor begins by its header, which the library has found to describe the file."""
     with open(file, "rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(start - 8))
-        starts = {name: start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
-        return file_state(stream), starts
+        # An entry is but its offset as soon as it is parsed.
+        header = json.loads(stream.read(start - 8), object_hook=_offset)
+        return file_state(stream), {name: start + at for name, at in header.items() if name != "__metadata__"}
+
+
+def _offset(entry: dict[str, Any]) -> Any:
+    """Of a tensor's entry, which the parser gives as soon as it has one, what is kept; the rest takes much memory."""
+    place = entry.get("data_offsets")
+    return place[0] if isinstance(place, list) else entry
 
 
 def shapes(path: str | os.PathLike[str]) -> dict[str, Signature]:
@@ -197,7 +210,9 @@ def _gather_file(path: Path, read: Callable[[Path, Any, str], _T], declared: set
         if declared is not None:
             check_shard(path, set(names), declared)
         for name in names:
-            _check_dtype(path, name, handle.get_slice(name).get_dtype())
+            tensor = handle.get_slice(name)
+            _check_dtype(path, name, tensor.get_dtype())
+            _check_shape(path, name, tensor.get_shape(), np.dtype(_DTYPES[tensor.get_dtype()]).itemsize)
         return {name: read(path, handle, name) for name in names}
 
 
@@ -232,30 +247,29 @@ def shards(index: Path) -> dict[Path, set[str]]:
 def _weight_map(index: Path) -> dict[str, str]:
     """The index's map from tensor to shard, each shard a plain name of a file beside the index."""
     try:
-        content = json.loads(index.read_bytes())
+        content = read_json(index, _MOST_HEADER)
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"no such index: {index}") from error
-    except ValueError as error:
-        raise WeightsError(f"{index} is not JSON: {error}; fetch it again") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise WeightsError(f'{index} has no "weight_map" from tensor names to shard names; fetch it again')
     for shard in weight_map.values():
         if not _is_plain_name(shard):
             raise WeightsError(
-                f"{index} names the shard {shard!r}, and a shard must be a file beside its index; "
+                f"{index} names the shard {shard!r:.300}, and a shard must be a file beside its index; "
                 "do not use this checkpoint unless its author explains the name"
             )
     return weight_map
 
 
 def _is_plain_name(name: str) -> bool:
-    r"""Whether a name cannot lead out of its folder, on any system.
+    r"""Whether a name is one that a file can have, and cannot lead out of its folder, on any system.
 
     >>> [_is_plain_name(name) for name in ("model-1.safetensors", "../a", "/a", "a\\b", "C:a", "..", "")]
     [True, False, False, False, False, False, False]
     """
-    return name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    length = len(name.encode("utf-8", "surrogatepass"))
+    return name not in ("", ".", "..") and length < 256 and not set(name) & set("/\\:\0") and name.isprintable()
 
 
 def check_shard(path: Path, held: set[str], declared: set[str]) -> None:
@@ -286,6 +300,12 @@ def _check_dtype(path: Path, name: str, dtype: str) -> None:
         )
 
 
+def _check_shape(path: Path, name: str, shape: Sequence[int], itemsize: int) -> None:
+    """Refuse what no array can have; only without any element can a file be right about such a shape."""
+    if len(shape) > _MOST_AXES or math.prod(max(size, 1) for size in shape) * itemsize > sys.maxsize:
+        raise WeightsError(f"{path}: the tensor {name!r} has the shape {shape!s:.80}, too large for an array")
+
+
 def _signature(handle: Any, name: str) -> Signature:
     tensor = handle.get_slice(name)
     return Signature(tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()])
@@ -295,11 +315,18 @@ def _signature(handle: Any, name: str) -> Signature:
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, with the reader's own complaints told as jtl's errors."""
     try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > min(_MOST_HEADER, path.stat().st_size):
+            raise WeightsError(
+                f"{path} is damaged or not a safetensors file: it declares a header of {length:,} bytes, expected at "
+                f"most {_MOST_HEADER:,} and no more than the file has; fetch it again"
+            )
         with safe_open(path, framework="np") as handle:
             yield handle
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"no such file: {path}") from error
-    except SafetensorError as error:
+    except (SafetensorError, IsADirectoryError) as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}; fetch it again") from error
 
 
