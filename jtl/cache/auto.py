@@ -109,7 +109,7 @@ def _prepared(
         raise SplitError("nothing can be cached: a trained leaf meets the examples first")
     if not cut.report.stored or (gain < WORTHWHILE and not required):
         return None
-    size, room = estimate(cut.prefix, frozen, batches), _room(directory) if limit is None else limit
+    size, room = estimate(cut.prefix, frozen, batches), room(directory) if limit is None else limit
     if size > room:
         allowed = "are allowed" if limit is not None else f"may be used of {directory or 'the memory'}"
         raise CacheError(
@@ -150,7 +150,8 @@ def _split_of_shapes(loss_fn: LossFn, structure: Any, shapes: tuple[Any, ...], e
     return split(loss_fn, state, frozen, example.batch)
 
 
-def _room(directory: str | Path | None) -> int:
+def room(directory: str | Path | None) -> int:
+    """Bytes that may be taken: half of what is free on the disk of a folder, or a quarter of the free memory."""
     if directory is None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     path = Path(directory).absolute()

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,6 +114,7 @@ def picture_batches(
     *,
     column: str = "image",
     normalized: bool = True,
+    keep: bool = False,
     **settings: Any,
 ) -> Batches:
     """Batches of labelled pictures, each decoded when its batch is made, in the prefetching threads.
@@ -122,9 +124,16 @@ def picture_batches(
       spec: what the model takes.
       column: the column's name.
       normalized: as in `picture_transform`.
+      keep: decode each picture once, now, and keep it in memory at the model's size: a byte for each value. Batches
+        are the same.
       **settings: of `jtl.data.batches`.
+
+    Raises:
+      ConfigError, DataError: as `jtl.data.batches`, and with `keep` as `load_image` and `preprocess`.
     """
     pictures: Any = examples.columns[column]
+    if keep:
+        pictures, spec = _resized(pictures, spec), dataclasses.replace(spec, resize="none")
     if isinstance(pictures, np.ndarray):
         values, held = pictures, None
     elif all(isinstance(picture, str | os.PathLike) for picture in pictures):
@@ -134,6 +143,22 @@ def picture_batches(
         held = pictures
     transform = picture_transform(spec, column, pictures=held, normalized=normalized)
     return batches({column: values}, examples.labels, transform=transform, **settings)
+
+
+def _resized(pictures: Sequence[Any], spec: "jtl.models.family.ImageInput") -> np.ndarray:
+    """All pictures, resized and cropped: uint8 `[N, h, w, C]`."""
+
+    def one(picture: Any) -> np.ndarray:
+        return resize(_decoded(picture, spec), spec)
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(one, pictures)))
+
+
+def _decoded(picture: Any, spec: Any) -> np.ndarray:
+    if isinstance(picture, np.ndarray):
+        return picture
+    return load_image(picture, "gray" if spec.channels == "gray" else "rgb")
 
 
 class _Held:
@@ -155,15 +180,11 @@ class _Transform:
 
     def __call__(self, batch: Batch) -> Batch:
         finish = preprocess if self.normalized else resize
-        images = [finish(self._decoded(value), self.spec) for value in batch[self.column]]
+        images = [finish(_decoded(self._picture(value), self.spec), self.spec) for value in batch[self.column]]
         return {**batch, self.column: np.stack(images)}
 
-    def _decoded(self, value: Any) -> np.ndarray:
-        if isinstance(value, np.ndarray) and self.held is not None:
-            value = self.held.pictures[int(value[0])]
-        if isinstance(value, np.ndarray):
-            return value
-        return load_image(value, "gray" if self.spec.channels == "gray" else "rgb")
+    def _picture(self, value: Any) -> Any:
+        return self.held.pictures[int(value[0])] if isinstance(value, np.ndarray) and self.held is not None else value
 
 
 def _check(image: np.ndarray, spec: Any) -> None:

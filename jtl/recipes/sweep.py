@@ -50,7 +50,7 @@ def run(settings: Sweep, console: Console) -> Comparison:
     given = task.task(settings, settings.seed, console)
     halves = examples.split(given.held_out, [0.5, 0.5], seed=settings.seed)
     train, _, (choose, report) = task.batches(
-        settings, given, halves, console, seed=settings.seed, epochs=settings.epochs
+        settings, given, halves, console, seed=settings.seed, epochs=settings.epochs, keep=settings.share
     )
     arms = list(_arms(settings, given, train.steps_per_epoch))
     runs = sum(len(arm.factors) for arm in arms) * settings.seeds

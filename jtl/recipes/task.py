@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import jtl
+from jtl.cache.auto import room
 from jtl.data import Batches, Examples, compare, examples, picture_batches, read, text, tfds
 from jtl.errors import ConfigError, DataError
 from jtl.pretrained import build
@@ -91,6 +93,7 @@ def batches(
     epochs: int,
     augment: AugmentName = "none",
     stride: int | None = None,
+    keep: bool = False,
 ) -> tuple[Batches, Any, list[Any]]:
     """Batches to train on, what is to be done to them on the device, and batches to evaluate on.
 
@@ -103,17 +106,19 @@ def batches(
       epochs: passes over the training examples.
       augment: of pictures.
       stride: tokens that windows of a long text have in common; None to cut it. What is evaluated is `Windowed` then.
+      keep: decode pictures once and keep them, where a quarter of the free memory holds them.
     """
     size = settings.batch_size
     if given.modality == "image":
         if stride is not None:
             raise ConfigError(f"stride={stride} is of windows of long texts; {given.source.name} takes pictures")
-        spec = given.model.config.input
+        spec, count = given.model.config.input, sum(part.size for part in (given.train, *held_out))
+        keep = keep and count * math.prod(spec.size) * len(spec.mean) <= room(None)
         train, change = training.training_pictures(
-            given.train, spec, augment, seed=seed, epochs=epochs, batch_size=size
+            given.train, spec, augment, seed=seed, epochs=epochs, batch_size=size, keep=keep
         )
         console.print(f"{len(train)} steps of pictures of {spec.size[0]}x{spec.size[1]} pixels")
-        return train, change, [picture_batches(part, spec, batch_size=size) for part in held_out]
+        return train, change, [picture_batches(part, spec, batch_size=size, keep=keep) for part in held_out]
     most = given.model.config.max_length
     longest = settings.max_length if most is None else min(settings.max_length, most)
     known = inspect.signature(type(given.model).__call__).parameters

@@ -288,6 +288,26 @@ def test_pictures_are_not_held_decoded(files, monkeypatch):
     assert len(decoded) == 1
 
 
+@pytest.mark.parametrize("change", [{}, {"resize": "torchvision"}, {"resize": "exact"}, {"channels": "bgr"}])
+def test_pictures_that_are_kept_are_decoded_once(files, monkeypatch, change):
+    decoded = []
+    module = importlib.import_module("jtl.data.preprocess")
+    monkeypatch.setattr(module, "load_image", lambda *a: decoded.append(a) or pictures.load_image(*a))
+    spec, labels = dataclasses.replace(SPEC, size=(15, 16), **change), np.arange(5, dtype=np.int32) % 2
+    for column in ([str(file) for file in files], [file.read_bytes() for file in files]):
+        settings = {"batch_size": 2, "seed": 3, "epochs": 2}
+        data = Examples({"image": column}, labels, ("a", "b"))
+        expected = list(picture_batches(data, spec, **settings))
+        decoded.clear()
+        seen = list(picture_batches(data, spec, keep=True, **settings))
+        assert len(decoded) == 5
+        for one, other in zip(seen, expected, strict=True):
+            assert all(np.array_equal(one[name], other[name]) for name in other)
+    files[3].write_bytes(b"no longer a picture")
+    with pytest.raises(errors.DataError, match=r"3\.png: the picture cannot be read"):
+        picture_batches(Examples({"image": list(map(str, files))}, labels, ("a", "b")), spec, keep=True, batch_size=2)
+
+
 def test_a_cache_sees_changed_pictures_and_other_preprocessing(files):
     def run(column, spec=SPEC):
         examples = Examples({"image": column}, np.arange(len(column), dtype=np.int32) % 2, ("a", "b"))
