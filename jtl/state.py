@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
     """What evolves: trained leaves alone, `None` in the place of frozen ones.
 
     Attributes:
-      step: number of updates done, int32 scalar.
+      step: number of batches consumed, those whose update a guard skipped too: the place in the data; int32 scalar.
       params: the trained leaves, float32 or wider.
       collections: the statistics that the mask lets move.
       opt_state: the optimizer's state, for trained leaves only.

@@ -7,6 +7,7 @@ The loss is differentiated with respect to the trained half alone, so that nothi
 into the optimizer chain can bring the gradients of frozen leaves back.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from jtl import tree as jtree
 from jtl.errors import ConfigError, DataError
 from jtl.modes import Modes, follow
 from jtl.state import Frozen, TrainState, standard_promotion
+from jtl.transforms.guarding import choose, finite, guards
 from jtl.typing import Batch, Collections, Key, MaskLike, Params
 
 Metrics = dict[str, Any]
@@ -81,7 +83,9 @@ def train_step(
 
     Returns:
       `step(state, frozen, batch) -> (state, metrics)`. `metrics` has `loss` and whatever the
-      loss reports, accumulators computed.
+      loss reports, accumulators computed. Where `tx` is a `jtl.transforms.guard`, a step that it skips leaves
+      trained leaves, statistics and what the optimizer knows as they are, step and key go on, and `metrics` has
+      `skipped` (0 or 1) and `skipped_in_a_row`, int32 scalars.
 
     Raises:
       ConfigError: `accumulate` is below 1.
@@ -105,17 +109,19 @@ def train_step(
             loss, found, collections, grads = _accumulated(gradients, state, batch, key, accumulate)
         else:
             loss, found, collections, grads = gradients(state, batch, key)
+        guarded = bool(guards(state.opt_state))
+        value = jnp.where(finite(collections, state.collections), loss, jnp.nan) if guarded else loss
         with standard_promotion():
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
-        new = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            collections=collections,
-            opt_state=opt_state,
-            key=next_key,
-        )
-        report = {"loss": loss, **jmetrics.compute(found)}
-        return new, {**report, "grad_norm": optax.tree.norm(grads)} if grad_norm else report
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, value=value)
+        params, report = optax.apply_updates(state.params, updates), {"loss": loss, **jmetrics.compute(found)}
+        if guarded:
+            in_a_row = functools.reduce(jnp.maximum, [guard.in_a_row for guard in guards(opt_state)])
+            taken = in_a_row == 0
+            params, collections = choose(taken, (params, collections), (state.params, state.collections))
+            report |= {"skipped": (~taken).astype(jnp.int32), "skipped_in_a_row": in_a_row}
+        if grad_norm:
+            report["grad_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, collections, opt_state, next_key), report
 
     return step
 

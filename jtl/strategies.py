@@ -20,7 +20,7 @@ from jtl.errors import ConfigError
 from jtl.models import registry
 from jtl.rules import Rules
 from jtl.schedule import Phase, Plateau, Strategy
-from jtl.transforms import joining, pull_to_start, scale_by_rules
+from jtl.transforms import guard, joining, pull_to_start, scale_by_rules
 from jtl.typing import MaskLike
 
 Groups = Sequence[Sequence[str]]
@@ -268,6 +268,23 @@ def l2_sp(
     trainable = masks.everything() if trainable is None else trainable
     pull = pull_to_start(rate, new=_head(head), new_rate=head_rate)
     return fine_tune(optax.chain(pull, tx), trainable, "L2-SP")
+
+
+def guarded(strategy: Strategy, *, spike: float | None = None, window: int = 128) -> Strategy:
+    """The same strategy, with `jtl.transforms.guard` around the transform of each phase.
+
+    Where a phase does not start anew, the counts of skipped updates go on through it, as the rest of the state does.
+
+    Args:
+      strategy: any.
+      spike: as in `guard`.
+      window: as in `guard`.
+
+    Raises:
+      ConfigError: as `guard`.
+    """
+    phases = (phase._replace(tx=guard(phase.tx, spike=spike, window=window)) for phase in strategy.phases)
+    return strategy._replace(phases=tuple(phases))
 
 
 def _head(head: MaskLike | None) -> MaskLike:
