@@ -109,11 +109,11 @@ def _prepared(
         raise SplitError("nothing can be cached: a trained leaf meets the examples first")
     if not cut.report.stored or (gain < WORTHWHILE and not required):
         return None
-    size, room = estimate(cut.prefix, frozen, batches), room(directory) if limit is None else limit
-    if size > room:
+    size, most = estimate(cut.prefix, frozen, batches), room(directory) if limit is None else limit
+    if size > most:
         allowed = "are allowed" if limit is not None else f"may be used of {directory or 'the memory'}"
         raise CacheError(
-            f"the cache would take {size:,} bytes, and {room:,} {allowed}; raise the limit or give a directory with "
+            f"the cache would take {size:,} bytes, and {most:,} {allowed}; raise the limit or give a directory with "
             "more room"
         )
     cache = build(cut.prefix, state, frozen, batches, directory=directory, on_batch=on_batch)

@@ -57,7 +57,7 @@ def check(folder: Path) -> None:
         strangers = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, CHECKPOINTS))
         if strangers:
             raise ConfigError(
-                f"{folder} exists and is not empty: it holds {', '.join(strangers[:3])}, and no {SAYS}; name a new folder"
+                f"{folder} exists and is not empty: it holds {', '.join(strangers[:3])}, no {SAYS}; name a new folder"
             )
 
 
@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
 
 
 def git() -> dict[str, Any] | None:
-    """The revision of the folder that the program runs in, and whether files differ from it; None outside a repository."""
+    """The revision that the program runs in, and whether files differ from it; None outside a repository."""
     try:
         revision = _git("rev-parse", "HEAD")
         return {"revision": revision, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}

@@ -143,7 +143,7 @@ class Session:
         if asked:
             self._signals.answer()
         ends = bool(asked or last or self._gave_up)
-        # What is being written is not on disk yet: with half of `every` between two, no more than all of it is at stake.
+        # What is being written is not on disk yet: with half of `every` between two, all of it is at stake at most.
         if ends or report.step - self._saved >= max(1, self.run.every // 2):
             self._save(report, wait=ends or self.run.every == 1)
         if asked:

@@ -35,8 +35,8 @@ class Interrupted(SystemExit):
 class Signals:
     """Notes the first SIGTERM or SIGINT; the second one acts as ever. In other threads than the main one, nothing.
 
-    A program that computes or compiles for long does not come to the handler. So a thread is told as well, and where the
-    step has not ended in time it ends the process; the newest checkpoint stands.
+    A program that computes or compiles for long does not come to the handler. So a thread is told as well, and where
+    the step has not ended in time it ends the process; the newest checkpoint stands.
 
     Args:
       finish: called by that thread before it ends the process, to let a write in progress end.

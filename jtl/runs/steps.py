@@ -184,8 +184,8 @@ def _finish_all() -> None:
 def _before_exit(call: Callable[[], None]) -> None:
     """Call when Python ends, while threads can still begin work: orbax needs some to write.
 
-    `atexit` is too late: by then `concurrent.futures` refuses new work, and the write would fail. The hook is private; a
-    test fails when it goes.
+    `atexit` is too late: by then `concurrent.futures` refuses new work, and the write would fail. The hook is private;
+    a test fails when it goes.
     """
     register: Any = threading._register_atexit  # pyright: ignore[reportAttributeAccessIssue]
     register(call)

@@ -97,7 +97,7 @@ def guard(
         raise ConfigError(f"window={window}: a standard deviation is of 2 losses or more")
     tx = optax.with_extra_args_support(tx)
 
-    def init(params: Params) -> GuardState:
+    def init(params: Params) -> Any:
         zero = jnp.zeros((), jnp.int32)
         recent = LossWindow(jnp.zeros(window, jnp.float32), jnp.zeros(window, jnp.bool_), zero)
         return GuardState(tx.init(params), zero, zero, None if spike is None else recent)

@@ -10,6 +10,8 @@ import pytest
 import jtl
 from jtl import errors, peft, tree
 
+from ..covering import covering, product  # noqa: TID252
+
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

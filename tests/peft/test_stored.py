@@ -15,6 +15,8 @@ from jtl import errors, peft, quantized, tree
 from jtl.models.bert import Bert, BertConfig
 from jtl.models.convolution import Conv
 
+from ..covering import covering, product  # noqa: TID252
+
 RNG = np.random.default_rng(0)
 FORMATS = ("bfloat16", "int8", "int4", "nf4")
 IDS = jnp.asarray(RNG.integers(1, 40, (12, 6)), jnp.int32)

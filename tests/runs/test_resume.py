@@ -55,7 +55,8 @@ def test_every_step_stands_once_in_the_metrics(tmp_path):
     victim.train(tmp_path / "whole", "gradual")
     for stop in (9, 30, None):
         victim.train(tmp_path / "run", "gradual", stop=stop, run={"every": 8})
-    (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step": 61, "lo')
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 61, "lo')
     victim.train(tmp_path / "run", "gradual", run={"every": 8})
     whole, parts = (runs.metrics(tmp_path / folder) for folder in ("whole", "run"))
     assert parts == whole
@@ -166,7 +167,7 @@ EARLIER = strategies.gradual_unfreezing(victim.TX, victim.GROUPS, every=19)
             ["phases[0].until: 20 -> 19"],
         ),
         ({"strategy": victim.STRATEGIES["full"]}, ["phases[0].trained: ", "phases[1].trained: "]),
-        ({"name": "LoRA"}, ["start.leaves.lora"]),
+        ({"name": "LoRA"}, ["lora"]),
         ({"accumulate": 2}, ["options.accumulate: 1 -> 2"]),
     ],
     ids=["config", "data", "batch", "key", "rate", "length", "mask", "model", "accumulate"],

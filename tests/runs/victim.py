@@ -31,8 +31,8 @@ class Net(nn.Module):
     def __call__(self, x):
         x = nn.Dense(8, name="stem")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=False, name="norm")(x))
-        x = nn.Dropout(0.1, deterministic=False)(x)
         x = nn.relu(nn.Dense(8, name="middle")(x))
+        x = nn.Dropout(0.1, deterministic=False)(x)
         return nn.Dense(2, name="head")(x)
 
 

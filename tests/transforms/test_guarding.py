@@ -476,7 +476,7 @@ def test_a_guarded_strategy_is_the_strategy():
 @pytest.mark.parametrize("mask", [jtl.select("head"), jtl.select("head", "norm"), jtl.everything()])
 @pytest.mark.parametrize("spike", [None, 6.0])
 def test_the_audit_of_a_guarded_step(mask, spike):
-    """64 operations a trained value are the optimizer's; the window of losses is a number of its own, so not too few."""
+    """64 operations a trained value are the optimizer's; the window of losses is a number of its own, not too few."""
     tx, model = guard(ADAM, spike=spike), Net(64)
     state, frozen = begin(tx, mask, model)
     loss_fn = jtl.supervised(model, jtl.losses.cross_entropy)
