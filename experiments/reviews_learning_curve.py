@@ -4,7 +4,15 @@ Command: python experiments/reviews_learning_curve.py    (--tune for how the rat
 Data: the reviews that jtl's quickstart fetches, split by film. A seed draws the labelled ones; 600 reviews of other
 films are tested, cut at 40 tokens. Balanced accuracy, chance .500.
 
-Expected: not run yet.
+Expected (5 seeds, mean and 95% t interval; jax 0.10.2; of 2,000 labels only the control was run):
+
+    labels    TF-IDF         probe          last two       LoRA           full           full, random
+    100       .566 ± .021    .659 ± .013    .676 ± .027    .697 ± .016    .698 ± .029    .544 ± .022
+    500       .629 ± .016    .709 ± .023    .722 ± .013    .745 ± .011    .753 ± .006    .602 ± .020
+    2,000     .694 ± .010
+
+Pretraining matters at both sizes, by .15 over random weights, which stay below counting words. The more is trained, the
+better: freezing saves time here, not accuracy. LoRA, .3% trained, is level with all weights.
 """
 
 import argparse

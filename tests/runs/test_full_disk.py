@@ -1,0 +1,51 @@
+"""A disk that fills up: the checkpoint before stays whole, and the error has the bytes."""
+
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jtl import errors, runs
+
+SIZE = 4 << 20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip("no right to mount a small disk here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.long)])
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(count, disk):
+    numbers = np.random.default_rng(0).normal(size=250_000).astype(np.float32)  # a megabyte that does not compress
+    steps = runs.Steps(disk / "checkpoints", keep=1)
+    steps.save(1, {"model": {"x": jnp.asarray(numbers)}}, dict, wait=True)
+    for k, free in enumerate(np.linspace(0, 800_000, count).astype(int)):
+        ballast = disk / "ballast"
+        with open(ballast, "wb") as file:
+            file.write(bytes(max(0, _free(disk) - int(free))))
+        with pytest.raises(
+            errors.CheckpointError, match=r"is full: it needs 1,000,000 bytes, and [\d,]+ are free"
+        ):
+            steps.save(2 + k, {"model": {"x": jnp.asarray(numbers + 1)}}, dict, wait=True)
+        restored = steps.restore()
+        assert restored.step == 1
+        np.testing.assert_array_equal(restored.items["model"]["x"], numbers)
+        assert [path.name for path in (disk / "checkpoints").iterdir()] == ["00000001"]
+        ballast.unlink()
+    steps.save(200, {"model": {"x": jnp.asarray(numbers + 1)}}, dict, wait=True)
+    assert steps.found() == [200]
+
+
+def _free(place):
+    import shutil
+
+    return shutil.disk_usage(place).free
