@@ -64,9 +64,9 @@ def opened(source: Source, overrides: Mapping[str, Any], *, weights: bool = True
         return _own(source, read_json(folder / OWN), overrides)
     tensors = _tensors(source, required=weights)
     family, config, settings = _configured(source, folder, tensors, overrides)
+    _check_depth(source, config, tensors)
     if tensors is None:
         return Checkpoint(source, family, config, None, None, None)
-    _check_depth(source, config, tensors)
     layout = _layout(family, config, tensors, source.name)
     named = tensors.renamed(layout.rename, source.name)
     with _of_file(folder / "config.json"):
@@ -103,12 +103,20 @@ _BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "
 """The fields of configurations that say how many blocks there are, in all or in each stage."""
 
 
-def _check_depth(source: Source, config: Any, tensors: Tensors) -> None:
+_MOST_BLOCKS = 512
+"""Where there are no tensors to hold their number to."""
+
+
+def _check_depth(source: Source, config: Any, tensors: Tensors | None) -> None:
     """Refuse more blocks than there are tensors, before anything is made for each block."""
     found = [getattr(config, name, None) or 0 for name in _BLOCKS]
     blocks = sum(sum(value) if isinstance(value, tuple) else value for value in found)
     blocks *= getattr(config, "depth_coefficient", 1.0)
-    if blocks > max(len(tensors), 1):
+    if tensors is None and blocks > _MOST_BLOCKS:
+        raise ConfigError(
+            f"{source.name} is to have {blocks:,.0f} blocks by its settings: expected {_MOST_BLOCKS} at most"
+        )
+    if tensors is not None and blocks > max(len(tensors), 1):
         raise ConfigError(
             f"{source.name} is to have {blocks:,.0f} blocks by its settings, and has {len(tensors)} tensors: they are "
             "not of one checkpoint"

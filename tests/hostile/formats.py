@@ -93,7 +93,16 @@ def _settings():
 
 
 def _small(config):
-    return len(str(config)) < 1000
+    """Whether tracing takes well under a second: the usual EfficientNet has fifty blocks, and takes two."""
+    found = [getattr(config, name, None) or 0 for name in _blocks()]
+    blocks = sum(sum(value) if isinstance(value, tuple) else value for value in found)
+    return blocks * getattr(config, "depth_coefficient", 1.0) < 30
+
+
+def _blocks():
+    from jtl.models import recognise
+
+    return recognise._BLOCKS
 
 
 def _adapter():
