@@ -32,9 +32,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(count, disk):
         ballast = disk / "ballast"
         with open(ballast, "wb") as file:
             file.write(bytes(max(0, _free(disk) - int(free))))
-        with pytest.raises(
-            errors.CheckpointError, match=r"is full: it needs 1,000,000 bytes, and [\d,]+ are free"
-        ):
+        with pytest.raises(errors.CheckpointError, match=r"is full: it needs 1,000,000 bytes, and [\d,]+ are free"):
             steps.save(2 + k, {"model": {"x": jnp.asarray(numbers + 1)}}, dict, wait=True)
         restored = steps.restore()
         assert restored.step == 1
