@@ -1,6 +1,8 @@
 """The checkpoints of a run: written behind its back, kept by rule, and never trusted unread."""
 
+import concurrent.futures.thread  # noqa: F401 (imported first, it stops its threads after what is registered below)
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -178,7 +180,10 @@ _OPEN: "weakref.WeakSet[Steps]" = weakref.WeakSet()
 
 def _finish_all() -> None:
     for steps in list(_OPEN):
-        steps.finish()
+        try:
+            steps.wait()
+        except Exception as error:  # Python is ending: nobody else would hear of it
+            print(f"jtl: {error}", file=sys.stderr)
 
 
 def _before_exit(call: Callable[[], None]) -> None:
