@@ -11,10 +11,10 @@ Expected (5 seeds, mean and 95% t interval; jax 0.10.2; of 2,000 labels only the
     500       .629 ± .016    .709 ± .023    .722 ± .013    .745 ± .011    .753 ± .006    .602 ± .020
     2,000     .694 ± .010
 
-Pretraining matters at both sizes, by .15 over random weights, which stay below counting words. Against all weights,
-the head alone loses at both (-.039 ± .030, -.044 ± .023), the last two blocks with 500 labels (-.031 ± .018; with 100 the
-difference of -.022 ± .052 is unresolved), and LoRA, .3% trained, at neither. At which size pretraining stops to matter
-is not answered without the networks at 2,000.
+Pretraining matters at both sizes, by .15 over random weights, which stay below counting words. Against all
+weights, the head alone loses at both (-.039 ± .030, -.044 ± .023), the last two blocks with 500 labels (-.031 ±
+.018; with 100 the difference of -.022 ± .052 is unresolved), and LoRA, .3% trained, at neither. At which size
+pretraining stops to matter is not answered without the networks at 2,000.
 """
 
 import argparse
