@@ -29,6 +29,8 @@ import numpy as np
 from jtl import tree as jtree
 from jtl.errors import CheckpointError
 from jtl.typing import PyTree
+from jtl.weights import folders
+from jtl.weights.digest import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -305,8 +307,7 @@ def _sha256(path: Path) -> str:
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{path} is not a plain file")
     try:
-        with open(path, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -330,28 +331,17 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def _replace(draft: Path, folder: Path) -> None:
-    _sync(draft)
+    folders.sync(draft)
     if folder.exists():
         discard(folder)
     draft.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    folders.sync(folder.parent)
 
 
 def _not_written(folder: Path, size: int, error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
-    place = folder.parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = folders.free(folder.parent)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < size
     full = full or "No space left" in str(error) or "ENOSPC" in str(error)
     why = f"the disk is full: it needs {size:,} bytes, and {free:,} are free" if full else _line(error)

@@ -6,7 +6,6 @@ A shard is a folder of plain `.npy` files. Training reads rows in random order, 
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jtl.errors import CacheError
+from jtl.weights import folders
+from jtl.weights.digest import sha256
 
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
 """Name, shape and dtype of each entry of one example."""
@@ -144,7 +145,7 @@ class Store:
             draft.mkdir(parents=True)
             _write(draft, start, stop, Part(np.asarray(ids, np.int64), dict(entries)))
             draft.rename(final)
-            _sync(self.folder)
+            folders.sync(self.folder)
         except OSError as error:
             shutil.rmtree(draft, ignore_errors=True)
             if final.is_dir():  # another process wrote the same rows first
@@ -240,27 +241,21 @@ def _write(folder: Path, start: int, stop: int, part: Part) -> None:
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
-    text = {"start": start, "stop": stop, "names": names, "files": {name: digest(folder / name) for name in files}}
+    text = {"start": start, "stop": stop, "names": names, "files": {name: sha256(folder / name) for name in files}}
     with open(folder / "shard.json", "w", encoding="utf-8") as file:
         json.dump(text, file)
         file.flush()
         os.fsync(file.fileno())
-    _sync(folder)
+    folders.sync(folder)
 
 
 def _verify(folder: Path) -> Shard:
     try:
         text = json.loads((folder / "shard.json").read_text("utf-8"))
-        faults = [name for name, expected in text["files"].items() if digest(folder / name) != expected]
+        faults = [name for name, expected in text["files"].items() if sha256(folder / name) != expected]
         return Shard(folder, text["start"], text["stop"], f"{faults[0]} has another digest" if faults else "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return Shard(folder, -1, -1, str(error) or type(error).__name__)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
@@ -275,14 +270,6 @@ def _mapped(file: Path, dtype: str) -> np.ndarray:
     import ml_dtypes
 
     return array.view(getattr(ml_dtypes, dtype))
-
-
-def _sync(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def gaps(total: int, shards: list[Shard]) -> Iterator[tuple[int, int]]:

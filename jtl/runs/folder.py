@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jtl.errors import CheckpointError, ConfigError
+from jtl.weights import folders
 
 SAYS, METRICS, CHECKPOINTS, LOCK, STACKS = "run.json", "metrics.jsonl", "checkpoints", ".lock", "stacks.txt"
 _PACKAGES = ("jtl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_SMALL = 1 << 20
+"""Bytes of all that a folder holds beside arrays, give or take."""
 _SHOWN = 12
 """Differences that a refusal lists at most."""
 
@@ -59,6 +62,20 @@ def check(folder: Path) -> None:
             raise ConfigError(
                 f"{folder} exists and is not empty: it holds {', '.join(strangers[:3])}, no {SAYS}; name a new folder"
             )
+
+
+def check_free(folder: Path, needed: int) -> None:
+    """Refuse a disk that does not hold so many bytes more, before the first step.
+
+    Raises:
+      CheckpointError: it does not.
+    """
+    needed, free = needed + _SMALL, folders.free(folder.absolute())
+    if free < needed:
+        raise CheckpointError(
+            f"{folder}: the disk has no room for a checkpoint: it needs {needed:,} bytes, and {free:,} are free; free "
+            "some, or name a folder on another disk"
+        )
 
 
 def enter(folder: Path, identity: Mapping[str, Any], start: int) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jtl import tree as jtree
 from jtl.cache import Mode
 from jtl.data import Batches
 from jtl.errors import CheckpointError, DivergedError
@@ -80,8 +81,9 @@ class Session:
 
         Raises:
           ConfigError: another run is in the folder, with each difference; or another process is.
-          CheckpointError: no checkpoint is sound, or it is of another model or data.
+          CheckpointError: the disk has no room for a checkpoint; or none is sound, or it is of another model or data.
         """
+        folder.check_free(self.folder, jtree.nbytes(state))
         self._lock = folder.claim(self.folder)
         self._steps.open()
         self._batches, self._fingerprint = batches, getattr(batches, "fingerprint", None)

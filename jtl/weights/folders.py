@@ -20,6 +20,22 @@ def check_new(folder: Path) -> None:
         raise ConfigError(f"{folder} exists and is not empty: name a new folder")
 
 
+def sync(folder: Path) -> None:
+    """Return when what a folder lists is on disk, names that were changed included."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def free(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A place beside a folder to write its files in; it takes the folder's name at the end, if nothing was raised.

@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jtl
 from jtl import errors, runs
+
+from . import victim
 
 SIZE = 4 << 20
 
@@ -41,6 +44,16 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(count, disk):
         ballast.unlink()
     steps.save(200, {"model": {"x": jnp.asarray(numbers + 1)}}, dict, wait=True)
     assert steps.found() == [200]
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(disk):
+    (disk / "ballast").write_bytes(bytes(_free(disk) - (1 << 20)))
+    strategy, loss_fn, state, frozen = victim.start("full")
+    steps = []
+    with pytest.raises(errors.CheckpointError, match=r"no room for a checkpoint: it needs [\d,]+ bytes, and 1,048,576"):
+        steps.extend(jtl.fit(loss_fn, strategy, state, frozen, victim.data(), run=disk / "run"))
+    assert not steps
+    assert not (disk / "run").exists()
 
 
 def _free(place):
