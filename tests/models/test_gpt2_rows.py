@@ -1,6 +1,7 @@
 """GPT-2's rows: padded, packed, and one word at a time."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,9 @@ def test_decoding_is_the_whole_row_s_forward_and_that_of_the_reference(tmp_path)
 
     cache = model.apply(variables, given["input_ids"][:, :5], mask[:, :5], positions=SHAPE[1], method="start")
     assert {leaf.shape[0] for leaf in jax.tree.leaves(cache)} == {SHAPE[0]}
-    past, ours, theirs = None, [], []
+    ours, theirs = [], []
+    name = next(n for n in ("cache", "past_key_values") if n in inspect.signature(reference.forward).parameters)
+    past = {name: None}
     for begin, end in ((0, 5), (5, 6), (6, 7)):
         logits, cache = decode(given["input_ids"][:, begin:end], cache, jnp.array(begin), positions[:, begin:end])
         ours.append(logits)
@@ -122,10 +125,10 @@ def test_decoding_is_the_whole_row_s_forward_and_that_of_the_reference(tmp_path)
                 told["input_ids"][:, begin:end],
                 attention_mask=told["attention_mask"][:, :end],
                 position_ids=told["position_ids"][:, begin:end],
-                past_key_values=past,
+                **past,
                 use_cache=True,
             )
-        past = out.past_key_values
+        past = {name: out[name]}
         theirs.append(out.logits.numpy())
     got = np.concatenate(ours, axis=1)
     np.testing.assert_allclose(got[real], whole[real], rtol=0, atol=1e-5)
