@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from jtl.masks import everything as everything
     from jtl.masks import select as select
     from jtl.masks import where as where
+    from jtl.memory import MemoryEstimate as MemoryEstimate
+    from jtl.memory import memory_estimate as memory_estimate
     from jtl.objective import supervised as supervised
     from jtl.overfitting import overfit_warning as overfit_warning
     from jtl.overfitting import watch_overfit as watch_overfit
@@ -152,6 +154,8 @@ _NAMES = {
     "keep_compiled": "compiling",
     "label": "rules",
     "load": "pretrained",
+    "memory_estimate": "memory",
+    "MemoryEstimate": "memory",
     "mixed_precision": "precision",
     "overfit_warning": "overfitting",
     "partition": "tree",

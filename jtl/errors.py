@@ -46,6 +46,10 @@ class DivergedError(JtlError, ArithmeticError):
     """A run computes nothing finite any more."""
 
 
+class OutOfMemoryError(JtlError, MemoryError):
+    """A device has no room for a step, not even for its smallest microbatch."""
+
+
 class WeightsError(JtlError, ValueError):
     """A checkpoint does not hold exactly the tensors that a model needs."""
 

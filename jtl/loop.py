@@ -19,6 +19,7 @@ from jtl import tree as jtree
 from jtl.cache import Mode, Prepared, prepare
 from jtl.data import Batches
 from jtl.errors import ConfigError, DataError
+from jtl.memory import Microbatching
 from jtl.runs import Run
 from jtl.schedule import Phase, Plateau, Progress, Strategy
 from jtl.state import Frozen, TrainState, change, freeze
@@ -92,7 +93,11 @@ def fit(
       cache_limit: bytes that it may take.
       say: called with one line if a cache is used, or could have been, and with lines on the run; by default they go
         to stderr.
-      accumulate: microbatches that each batch is split into for its gradient; see `jtl.train_step`.
+      accumulate: microbatches that each batch is split into for its gradient; see `jtl.train_step`. Where a device
+        runs out of memory at the first batch of a shape, batches of that shape go on with at least twice as many: the
+        gradient is the same but for the rounding of a sum, about 1e-6 of it in float32, except for what
+        `jtl.train_step` says of dropout and of BatchNorm that is trained. So a copy of the trained half is on the host
+        while a shape is tried.
       run: a folder to keep checkpoints and metrics in; see `jtl.Run`. If a run is found there, it must be this one, of
         the same start, data, masks and optimizer, and goes on from its newest sound checkpoint: after whatever ended
         it, its steps are bit for bit those of a run that was never interrupted. `state`, `frozen` and `batches` are
@@ -109,6 +114,7 @@ def fit(
       ConfigError: the batches end before the strategy's last phase begins, or a plateau has nothing to go by; or the
         folder holds another run, each difference listed.
       CheckpointError: a checkpoint cannot be written, or none of the run's is sound.
+      OutOfMemoryError: a device does not hold even the smallest microbatch.
       DivergedError: `jtl.transforms.guard` skipped too many steps in a row.
       Interrupted: SIGTERM or SIGINT came. The run is saved; uncaught, the process exits with 75. With a run alone.
     """
@@ -151,9 +157,6 @@ def _loop(
 ) -> Iterator[Report]:
     """The steps of `fit`, from where a run is."""
     rest, phases, mesh, session = _Rest(batches), given.phases.phases, given.mesh, given.session
-    options = (
-        {"accumulate": given.accumulate} if given.accumulate != 1 else {}
-    )  # none: a step is found by its arguments
     evaluator = compiled_eval(given.loss_fn)
     state = jax.tree.map(jnp.array, state)
     done = int(state.step)
@@ -168,7 +171,16 @@ def _loop(
                 given.say(prepared.why)
             if mesh is not None:
                 state, frozen = parallel.replicate(state, mesh), parallel.replicate(frozen, mesh)
-            step = compiled_train(prepared.loss_fn, phase.tx, **options)
+            step = Microbatching(
+                functools.partial(_accumulating, prepared.loss_fn, phase.tx),
+                given.accumulate,
+                devices=1 if mesh is None else mesh.size,
+                least=1 if prepared.split is None else 2,  # a suffix takes no single example
+                say=given.say,
+                known=None if session is None else session.microbatches(progress),
+            )
+            if session is not None:
+                session.split(step.counts)
             for batch in prepared.batches:
                 if prepared.cache is None:  # the rows of a cache were checked when it was built
                     given.check(batch)
@@ -190,6 +202,11 @@ def _loop(
             return
         progress = progress.next(done)
         state, frozen = change(state, frozen, phases[progress.phase])
+
+
+def _accumulating(loss_fn: LossFn, tx: optax.GradientTransformation, count: int) -> Any:
+    # Without the option where it is 1: a step is found again by its arguments.
+    return compiled_train(loss_fn, tx, **({"accumulate": count} if count != 1 else {}))
 
 
 def _due(every: int | None, done: int) -> bool:

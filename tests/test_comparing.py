@@ -160,20 +160,19 @@ def test_the_sweet_spot_is_within_one_standard_error(head, spot):
 
 
 def test_what_does_not_fit_the_budget_is_left_out_and_named(monkeypatch):
-    """By a clock that only the start of a run moves: by 10 seconds with a head alone, by 30 otherwise."""
+    """By a clock that only runs move: by 10 seconds with a head alone, by 30 otherwise."""
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(comparing.comparison, "time", clock)
+    both = arms((1.0,))[:2]
+    probe, last = both
+    trials_of = comparing.runner.Runner.trials
 
-    def costing(arm, seconds):
-        def begin(key):
-            now[0] += seconds
-            return start(key)
+    def costing(self, seed):
+        now[0] += {probe.name: 10.0, last.name: 30.0}[self.arm.name]
+        return trials_of(self, seed)
 
-        return arm._replace(start=begin)
-
-    probe, last = arms((1.0,))[:2]
-    both = [costing(probe, 10.0), costing(last, 30.0)]
+    monkeypatch.setattr(comparing.runner.Runner, "trials", costing)
     found = compare(both, seeds=(0, 1, 2), budget=65.0)
     assert [trial.arm for trial in found.trials] == [probe.name, last.name, probe.name, probe.name]
     assert [trial.seed for trial in found.trials] == [0, 0, 1, 2]

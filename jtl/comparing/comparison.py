@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from jtl.comparing.results import Comparison
@@ -55,8 +56,11 @@ def compare(
     sample = (lambda seed: train) if isinstance(train, Batches) else train
     _check(arms, seeds, sample)
     started, trials, left_out, cost = time.perf_counter(), [], [], {}
-    with _folder(directory) as folder:
+    with _folder(directory) as folder, _compiler() as pool:
         runners = [Runner(arm, sample, (choose, report), folder if share else None) for arm in arms]
+        if share and (budget is None or budget > 0):
+            for runner in runners:
+                runner.ahead(seeds[0], pool)
         for number, seed in enumerate(seeds):
             for place, runner in enumerate(runners):
                 on_run(runner.arm.name, seed, (number * len(arms) + place) / (len(seeds) * len(arms)))
@@ -92,6 +96,16 @@ def _check(arms: Sequence[Arm], seeds: Sequence[int], sample: Callable[[int], Ba
             raise ConfigError(f"{arm.name!r} waits for a plateau, which only jtl.fit does")
         if sum(phase.until for phase in phases if isinstance(phase.until, int)) > steps - (phases[-1].until is None):
             raise ConfigError(f"{arm.name!r} has {len(phases)} phases, and the run {steps} steps: give it more epochs")
+
+
+@contextlib.contextmanager
+def _compiler() -> Iterator[Executor]:
+    """One thread: more would take from training what they gain, on few cores."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="jtl-compile")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ class Trial(NamedTuple):
       share: of all parameters.
       chosen: metrics on the examples that choose.
       scores: metrics on the examples that are reported.
-      seconds: of training and evaluation, without compilation; of runs side by side, each one's share.
+      seconds: of training and evaluation, without waiting for compilation; of runs side by side, each one's share.
     """
 
     arm: str
@@ -65,7 +65,7 @@ class Comparison(NamedTuple):
       trials: every run.
       left_out: (arm, seed) for which there was no time.
       seconds: of everything.
-      compile_seconds: of compilation.
+      compile_seconds: of them, waiting for compilation; some of it is done beside training.
     """
 
     metric: str

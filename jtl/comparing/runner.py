@@ -1,8 +1,10 @@
 """The runs of one arm, which share a cache, compiled steps and calls."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,19 +53,38 @@ class Arm(NamedTuple):
 
 
 class _Compiled:
-    """A function compiled ahead for each shape of batch, its last argument; it counts the seconds of that."""
+    """A function compiled for each shape of batch, its last argument; the seconds that are waited for that count."""
 
     def __init__(self, function: Callable[..., Any], **settings: Any):
         self.seconds, self._jitted = 0.0, jax.jit(function, **settings)
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
-        shapes = tuple((np.shape(leaf), str(leaf.dtype)) for leaf in jax.tree.leaves(args[-1]))
+        shapes = _shapes(args[-1])
+        found = self._programs.get(shapes)
+        if found is None or isinstance(found, Future):
+            with self._counted():
+                found = self._jitted.lower(*args).compile() if found is None else found.result()
+            self._programs[shapes] = found
+        return found(*args)
+
+    def ahead(self, pool: Executor, *args: Any) -> None:
+        """Compile for these arguments in another thread."""
+        shapes = _shapes(args[-1])
         if shapes not in self._programs:
-            began = time.perf_counter()
-            self._programs[shapes] = self._jitted.lower(*args).compile()
-            self.seconds += time.perf_counter() - began
-        return self._programs[shapes](*args)
+            with self._counted():
+                lowered = self._jitted.lower(*args)
+            self._programs[shapes] = pool.submit(lowered.compile)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+
+def _shapes(batch: Batch) -> Any:
+    return tuple((np.shape(leaf), str(leaf.dtype)) for leaf in jax.tree.leaves(batch))
 
 
 _Member = tuple[TrainState, Frozen]
@@ -111,7 +132,7 @@ class Runner:
 
     @property
     def compile_seconds(self) -> float:
-        """Spent on compilation so far."""
+        """Waited for compilation so far."""
         return self._compile_seconds + sum(map(_compilation, self._parts.values()))
 
     def trials(self, seed: int) -> Iterator[Trial]:
@@ -123,6 +144,36 @@ class Runner:
             self._forget()
             yield from self._run(seed, (factor,))
 
+    def ahead(self, seed: int, pool: Executor) -> None:
+        """Compile, in other threads, the heavy phases whose frozen leaves are known before any run.
+
+        Those are the first one, and later ones that hold nothing still. A phase that is compiled while others are
+        trained costs the time of a core that they leave idle.
+        """
+        start_key, run_key = jax.random.split(jax.random.key(seed))
+        run = dataclasses.replace(self.sample(seed), seed=seed, epochs=self.arm.epochs)
+        first = self.phases[0]
+        member = init(self.arm.start(start_key), first.tx, trainable=first.trainable, key=run_key)
+        for number, (phase, part_of_run) in enumerate(self._stretches(run)):
+            member = change(*member, phase) if number else member
+            if number and jax.tree.leaves(member[1]):
+                continue
+            part = self._part(number, phase, *member, part_of_run)
+            if not part.light:
+                state = jax.tree.map(jnp.array, member[0])
+                part.step.ahead(pool, state, part.frozen, next(part.batches(part_of_run)))
+                whole = freeze(state, part.frozen)
+                for batches in part.held_out:
+                    part.evaluator.ahead(pool, *whole, next(iter(batches)))
+
+    def _stretches(self, run: Batches) -> Iterator[tuple[Phase, Batches]]:
+        """Each phase, and the part of a run that it has."""
+        start = 0
+        for phase in self.phases:
+            stop = start + phase.until if isinstance(phase.until, int) else run.total
+            yield phase, run.at(start).until(stop)
+            start = stop
+
     def _forget(self) -> None:
         self._compile_seconds = self.compile_seconds
         self._parts.clear()
@@ -132,15 +183,13 @@ class Runner:
         start_key, run_key = jax.random.split(jax.random.key(seed))
         variables = self.arm.start(start_key)
         run = dataclasses.replace(self.sample(seed), seed=seed, epochs=self.arm.epochs)
-        first, start = self.phases[0], 0
+        first = self.phases[0]
         members: list[_Member] = [init(variables, first.tx, trainable=first.trainable, key=run_key)] * len(factors)
-        for number, phase in enumerate(self.phases):
+        for number, (phase, part_of_run) in enumerate(self._stretches(run)):
             if number:
                 members = [change(*member, phase) for member in members]
             members = [_with_factor(*member, factor) for member, factor in zip(members, factors, strict=True)]
-            stop = start + phase.until if isinstance(phase.until, int) else run.total
-            members = self._phase(number, phase, members, run.at(start).until(stop))
-            start = stop
+            members = self._phase(number, phase, members, part_of_run)
         part = self._parts[len(self.phases) - 1]
         scores = [self._scores(part, state, frozen) for state, frozen in members]
         seconds = time.perf_counter() - began - (self.compile_seconds - compiled)

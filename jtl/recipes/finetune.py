@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.table import Table
 import jtl
 from jtl import runs, strategies
 from jtl.data import Batches, Examples
-from jtl.errors import ConfigError
+from jtl.errors import ConfigError, DivergedError
 from jtl.models.recognise import OWN
 from jtl.recipes import progress, task, training, ways
 from jtl.recipes.settings import Finetune
@@ -23,6 +24,9 @@ from jtl.weights.source import Source
 
 _BATCHES = 8
 """That the gradients are taken of by which surgical fine-tuning chooses."""
+
+_GIVE_UP = runs.Run("").give_up
+"""Steps in a row that are skipped, after which a run is of no use."""
 
 
 def run(settings: Finetune, console: Console) -> training.Outcome:
@@ -47,14 +51,20 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
     batches, augment, (test,) = task.batches(settings, given, [given.held_out], console, **order)
     norms = functools.partial(_norms, given, batches, augment, run_key)
     way = ways.way(settings, given.model, given.variables["params"], len(batches), norms)
+    strategy = strategies.guarded(way.strategy, spike=settings.spike)
     loss_fn = jtl.supervised(way.model(given.model), given.goal.loss, metrics=given.goal.metrics)
     mesh = jtl.parallel.data_mesh() if jax.device_count() > 1 else None
     kept = _run(settings, given.source)
     with runs.opened(kept, _say(console)) as session, progress.steps(console) as advance:
-        on_step = advance(escape(way.strategy.name), len(batches))
+        shown, guarded = advance(escape(way.strategy.name), len(batches)), []
+
+        def on_step(metrics: dict[str, Any]) -> None:
+            shown(metrics)
+            guarded.append((metrics["skipped"], metrics["skipped_in_a_row"]))
+
         done = training.run(
             loss_fn,
-            way.strategy,
+            strategy,
             way.variables(given.variables, jax.random.fold_in(run_key, 1)),
             batches,
             test,
@@ -65,8 +75,8 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
             on_step=on_step,
             session=session,
         )
-    if done.why:
-        console.print(done.why, markup=False, soft_wrap=True)
+    for line in filter(None, (done.why, _skipped(guarded))):
+        console.print(line, markup=False, soft_wrap=True)
     _print(way.strategy.name, done.outcome, given.held_out, console)
     if settings.out is not None:
         notes = {"settings": _plain(settings), "outcome": done.outcome._asdict(), "source": given.source.name}
@@ -78,6 +88,21 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
             f"saved to {settings.out}; jtl.load({str(settings.out)!r}) takes it back", markup=False, soft_wrap=True
         )
     return done.outcome
+
+
+def _skipped(guarded: Sequence[tuple[Any, Any]]) -> str:
+    """What a guard kept from a run, in one line, from whether each step was skipped and how many in a row were.
+
+    Raises:
+      DivergedError: they end in steps that were all skipped.
+    """
+    in_a_row, skipped = int(guarded[-1][1]) if guarded else 0, sum(int(one) for one, _ in guarded)
+    if in_a_row and in_a_row >= min(len(guarded), _GIVE_UP):
+        raise DivergedError(
+            f"the last {in_a_row} steps were all skipped, for loss or gradients were not finite, or the loss far above "
+            "those before: lower the learning rate, or look for inputs that are not finite"
+        )
+    return f"{skipped} of {len(guarded)} steps were skipped: not finite, or a spike of the loss" if skipped else ""
 
 
 def _run(settings: Finetune, source: Source) -> runs.Run | None:
@@ -100,6 +125,7 @@ def _check(settings: Finetune) -> None:
     if settings.epochs < 1:
         raise ConfigError(f"epochs must be at least 1, got {settings.epochs}")
     ways.rate(settings)
+    jtl.transforms.guard(optax.identity(), spike=settings.spike)
     if settings.augment != "none":
         training.check_cache(settings.cache)
     devices = jax.device_count()

@@ -126,6 +126,9 @@ class Finetune(Way, Data):
     """The newest checkpoints to keep there."""
     watchdog: float | None = None
     """Write the stacks of all threads to stacks.txt there whenever no step ended for so many seconds."""
+    spike: float | None = None
+    """Skip steps whose loss lies so many standard deviations above the mean of the last 128; 6 is usual. Steps that
+    are not finite are always skipped, and end the run after ten in a row."""
     epochs: int = 3
     """Passes over the training examples."""
     augment: AugmentName = "none"

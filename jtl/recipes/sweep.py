@@ -129,7 +129,8 @@ def _print(settings: Sweep, found: Comparison, layout: Any, console: Console) ->
         markup=False,
         soft_wrap=True,
     )
-    console.print(f"{len(found.trials)} runs in {found.seconds:.0f} s, {found.compile_seconds:.0f} s of it compilation")
+    took = f"{len(found.trials)} runs in {found.seconds:.0f} s"
+    console.print(f"{took}, {found.compile_seconds:.0f} s of it waiting for compilation")
     if found.left_out:
         names = ", ".join(f"{arm} (seed {seed})" for arm, seed in found.left_out)
         console.print(f"no time was left for: {names}", markup=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class Session:
         self._origin = self._saved = self._skipped = 0
         self._gave_up = ""
         self._evaluation: dict[str, float] | None = None
+        self._counts: Mapping[str, int] = {}
         self._fingerprint: str | None = None
         self._batches: Iterable[Batch] = ()
 
@@ -107,7 +108,7 @@ class Session:
         self._evolved, progress = contents.evolved(stored), contents.progress(stored)
         self._phase = self._resumed_in = progress.phase
         self._cached, self._saved = bool(stored.notes["cached"]), stored.step
-        self._evaluation = stored.notes["evaluation"]
+        self._evaluation, self._counts = stored.notes["evaluation"], stored.notes.get("microbatches", {})
         rest = _after(self._batches, stored.step - self._origin)
         ended = (stored.notes["metrics"], self._evaluation) if rest is None else None
         self._say(f"{self.folder}: {'ended' if ended else 'goes on'} after step {stored.step}")
@@ -122,6 +123,14 @@ class Session:
     def cached(self, used: bool) -> None:
         """A phase does, or does not, train from a cache."""
         self._cached = used
+
+    def microbatches(self, progress: Progress) -> Mapping[str, int]:
+        """Those of batches of each shape, where memory was short: in the phase that was interrupted."""
+        return self._counts if progress.phase == self._resumed_in else {}
+
+    def split(self, counts: Mapping[str, int]) -> None:
+        """What `microbatches` gives when this run is resumed; a phase may change it."""
+        self._counts = counts
 
     def after(self, report: Any, last: bool) -> None:
         """Log a step; save where it is due; end where the run was asked to.
@@ -160,6 +169,7 @@ class Session:
             "consumed": step - self._origin,
             "fingerprint": self._fingerprint,
             "cached": self._cached,
+            "microbatches": dict(self._counts),
             "evaluation": None if evaluation is None else plain(evaluation),
             "versions": folder.versions(),
         }
@@ -194,7 +204,7 @@ class Session:
             more = "; further ones are in the file of metrics" if self._skipped == _TOLD else ""
             which = f", rows {', '.join(map(str, rows[:8]))}{'...' if len(rows) > 8 else ''}" if rows else ""
             self._say(f"step {line['step']} skipped: loss {line.get('loss')}, batch {number}{which}{more}")
-        if line.get("skipped_in_a_row", 0) >= self.run.give_up:
+        if line.get("skipped_in_a_row", 0) >= self.run.give_up and not self._gave_up:
             self._gave_up = f"{line['skipped_in_a_row']:g} steps in a row were skipped, up to step {line['step']}"
 
 

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 import jtl
 from jtl.models.bert import Bert, BertConfig
+from jtl.models.distilbert import DistilBert, DistilBertConfig
 from jtl.models.gpt2 import GPT2
 from jtl.models.gpt2_config import GPT2Config
+from jtl.models.roberta import Roberta, RobertaConfig
 from jtl.models.t5 import T5
 from jtl.models.t5_config import T5Config
 
@@ -166,6 +168,20 @@ def bert() -> tuple[Any, dict[str, Any]]:
     return started(Bert(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
 
 
+def roberta() -> tuple[Any, dict[str, Any]]:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(
+        **sizes, num_hidden_layers=1, max_position_embeddings=8, pool="cls", pad_token_id=1, initializer_range=0.5
+    )
+    return started(Roberta(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
+
+
+def distilbert() -> tuple[Any, dict[str, Any]]:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    config = DistilBertConfig(**sizes, num_hidden_layers=1, max_position_embeddings=8, initializer_range=0.5)
+    return started(DistilBert(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
+
+
 def gpt2() -> tuple[Any, dict[str, Any]]:
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5)
     return started(GPT2(config, jtl.heads.classifier(3, dropout=0.2, scale=0.5)))
@@ -219,6 +235,15 @@ CASES = {
         # Softmax takes no notice of what is added to every score of a row.
         flat=("encoder/layer_*/attention/key/bias",),
     ),
+    **{
+        name: Case(
+            build,
+            tokens,
+            {"head": HEAD, "last block": HEAD | jtl.select("encoder/layer_0"), "everything": jtl.everything()},
+            flat=("encoder/layer_*/attention/key/bias",),
+        )
+        for name, build in {"roberta": roberta, "distilbert": distilbert}.items()
+    },
     "gpt2": Case(
         gpt2,
         tokens,
@@ -261,7 +286,7 @@ CHAINS: dict[str, Callable[[], optax.GradientTransformation]] = {
 # that run every time.
 HARDEST = "apply_if_finite"
 MASKED = [(case, mask) for case in CASES for mask in CASES[case].masks]
-ONCE = (*pictures.CONFIGS, "gpt2", "t5")  # chains know no model
+ONCE = (*pictures.CONFIGS, "roberta", "distilbert", "gpt2", "t5")  # chains know no model
 CHAINED = [
     (case, list(CASES[case].masks)[1], chain)
     for case in CASES

@@ -60,6 +60,33 @@ def test_a_run_that_skips_all_ends_with_a_checkpoint(tmp_path):
         np.testing.assert_array_equal(stored.items["model"][f"params/{path}"], leaf)
 
 
+@pytest.mark.parametrize("steps", [400, pytest.param(10_000, marks=pytest.mark.long)])
+def test_one_batch_in_a_hundred_is_poisoned_and_each_is_named_once(tmp_path, steps):
+    """Through an end in the middle, too: what was found after the last checkpoint is found again, not twice."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4 * steps, 4)).astype(np.float32)
+    y = (x.sum(axis=1) > 0).astype(np.int64)
+    settings = {"batch_size": 4, "seed": 3, "epochs": 1, "prefetch": 0}
+    order = jtl.data.batches({"x": x.copy()}, y, **settings)
+    hit = sorted(rng.choice(steps, steps // 100, replace=False).tolist())
+    for number, step in enumerate(hit):
+        x[order.plan(step).rows[number % 4], number % 3] = (np.nan, np.inf, -np.inf, 3e38)[number % 4]
+    data = jtl.data.batches({"x": x}, y, **settings)
+    whole = jtl.variables(*victim.start("full")[2:])
+    for stop in (steps // 2 + 3, None):
+        state, frozen = jtl.init(whole, TX, trainable=jtl.everything(), key=jax.random.key(0))
+        for report in jtl.fit(unchecked, TX, state, frozen, data, run=tmp_path / "run", say=lambda line: None):
+            if report.step == stop:
+                break
+    lines = runs.metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert [line["batch"] for line in lines if line["skipped"]] == hit
+    assert all(line["rows"] == order.plan(line["batch"]).rows.tolist() for line in lines if line["skipped"])
+    assert int(report.state.opt_state.skipped) == len(hit)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(report.state.params))
+    assert max(line["loss"] for line in lines if not line["skipped"]) < 20
+
+
 def test_stacks_are_written_where_no_step_ends(tmp_path):
     def on_step(step):
         if step == 2:
