@@ -39,8 +39,7 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
 def texts(steps: int) -> jtl.data.Batches:
     """A run of so many batches."""
     ids = np.random.default_rng(0).integers(1000, 30522, (32 * steps, 40)).astype(np.int32)
-    columns = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    return jtl.data.batches(columns, ids[:, 0] % 2, batch_size=32, prefetch=0)
+    return jtl.data.batches({"input_ids": jtl.data.ragged(ids)}, ids[:, 0] % 2, batch_size=32, buckets=[40], prefetch=0)
 
 
 class Stretches:

@@ -23,7 +23,7 @@ TIERS = (
     ("state", "interop"),
     ("transforms",),
     ("step",),
-    ("objective", "boundary", "mixout", "surgery", "soups", "auditing", "precision"),
+    ("objective", "boundary", "mixout", "surgery", "soups", "auditing", "precision", "memory"),
     ("augment", "pairs"),
     ("weights",),
     ("models",),

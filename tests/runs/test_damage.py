@@ -30,20 +30,22 @@ def test_each_file_may_be_lost_cut_or_zeroed(fault, subject):
     assert set(found.values()) == {"fallen back"}, found
 
 
-def test_any_bit_may_flip(subject):
+@pytest.mark.parametrize("count", [120, pytest.param(1000, marks=pytest.mark.long)])
+def test_any_bit_may_flip(count, subject):
     rng, paths = random.Random(1), damage.files(subject.newest)
-    found = [subject.suffer(damage.flip, rng.choice(paths), rng) for _ in range(120)]
+    found = [subject.suffer(damage.flip, rng.choice(paths), rng) for _ in range(count)]
     assert set(found) <= {"fallen back", "harmless"}, set(found)
-    assert found.count("fallen back") > 100
+    assert found.count("fallen back") > 0.9 * count
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's threads that find no loop
-def test_files_that_are_changed_and_signed_anew_do_no_harm(subject):
+@pytest.mark.parametrize("count", [60, pytest.param(2500, marks=pytest.mark.long)])
+def test_files_that_are_changed_and_signed_anew_do_no_harm(count, subject):
     """Leaves have digests of their own; what orbax makes of such files is refused, whatever it raises."""
     rng, paths = random.Random(2), damage.files(subject.newest)
     found = [
         subject.suffer(rng.choice([damage.flip, damage.garble, damage.reshape]), rng.choice(paths), rng, signed=True)
-        for _ in range(60)
+        for _ in range(count)
     ]
     wrong = {verdict for verdict in found if verdict not in ("fallen back", "harmless")}
     assert not {verdict for verdict in wrong if "manifest" not in verdict}, (

@@ -13,6 +13,7 @@ from jtl import errors, runs, strategies
 
 from . import resuming, victim
 
+several = pytest.mark.skipif(jax.device_count() < 8, reason="needs several devices: JTL_TEST_DEVICES=8")
 SOME = (1, 19, 20, 21, 40, 41, 59, 60)
 
 
@@ -33,13 +34,20 @@ def test_from_every_step(name, tmp_path):
     assert not resuming.wrong_steps(tmp_path, name, range(1, victim.STEPS + 1))
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs several devices: JTL_TEST_DEVICES=8")
+@pytest.mark.long
+@several
+@pytest.mark.parametrize("name", victim.STRATEGIES)
+def test_from_every_step_on_eight_devices(name, tmp_path):
+    assert not resuming.wrong_steps(tmp_path, name, range(1, victim.STEPS + 1), mesh=resuming.mesh(8))
+
+
+@several
 @pytest.mark.parametrize("name", ["feature extraction", "gradual"])
 def test_so_does_one_on_eight_devices(name, tmp_path):
     assert not resuming.wrong_steps(tmp_path, name, (7, 40, 60), mesh=resuming.mesh(8))
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs several devices: JTL_TEST_DEVICES=8")
+@several
 @pytest.mark.parametrize("name", ["full", "LoRA"])
 def test_devices_may_become_fewer(name, tmp_path):
     """The same batches in the same order; sums in another order."""
