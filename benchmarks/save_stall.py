@@ -47,7 +47,9 @@ class Stretches:
 
     def __init__(self, loss_fn: Any, start: Any, steps: int, stretch: int, folder: Path | None):
         run = None if folder is None else jtl.Run(folder, every=2 * stretch)
-        self._reports = jtl.fit(loss_fn, TX, *start, texts(steps), run=run, cache="off", say=lambda line: None)
+        self._reports: Any = jtl.fit(
+            loss_fn, TX, start[0], start[1], texts(steps), run=run, cache="off", say=lambda line: None
+        )
         self.stretch, self.seconds = stretch, []
         next(self._reports)  # compiles
 
@@ -59,6 +61,10 @@ class Stretches:
             report = next(self._reports)
         jax.block_until_ready(report)
         self.seconds.append(time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Let what is being written end."""
+        self._reports.close()
 
 
 def counted(seconds: list[float]) -> Any:
@@ -88,6 +94,8 @@ def compare(trained: str, rounds: int, stretch: int) -> dict[str, Any]:
         for _ in range(rounds):
             for arm in arms:
                 arm.go()
+        for arm in arms:
+            arm.close()
     plain, saving = (statistics.median(arm.seconds) / stretch for arm in arms)
     return {
         "trained": trained,

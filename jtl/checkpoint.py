@@ -10,7 +10,6 @@ gets its name after it.
       opt_state/
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -341,9 +340,8 @@ def _replace(draft: Path, folder: Path) -> None:
 def _not_written(folder: Path, size: int, error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
+    full = folders.is_full(error, folder.parent, size)
     free = folders.free(folder.parent)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free < size
-    full = full or "No space left" in str(error) or "ENOSPC" in str(error)
     why = f"the disk is full: it needs {size:,} bytes, and {free:,} are free" if full else _line(error)
     return CheckpointError(
         f"the checkpoint {folder} could not be written: {why}. Checkpoints before it are as they were"

@@ -16,7 +16,7 @@ from jtl.models.naming import head_settings, naming, task_of
 from jtl.models.recognise import OWN
 from jtl.typing import PyTree
 from jtl.weights import safetensors
-from jtl.weights.folders import check_new, new_folder
+from jtl.weights.folders import check_new, exported
 
 
 def save(
@@ -50,6 +50,7 @@ def save(
     Raises:
       ConfigError: the folder is not empty, leaves are stored in few bits, or the model is not one that `jtl.load` could
         build, or not one that transformers has.
+      CheckpointError: the disk is full, with the bytes needed and free, or refuses.
     """
     if format not in ("jtl", "transformers"):
         raise ConfigError(f"format={format!r}: expected jtl or transformers")
@@ -65,7 +66,7 @@ def save(
         tensors = dict(jtree.leaves_with_paths(dict(variables)))
     else:
         name, (settings, tensors) = "config.json", _as_transformers(model, variables, classes)
-    with new_folder(folder) as unfinished:
+    with exported(folder, jtree.nbytes(dict(variables))) as unfinished:
         safetensors.write_tensors(unfinished / safetensors.SINGLE, tensors, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)

@@ -151,10 +151,7 @@ class Store:
             if final.is_dir():  # another process wrote the same rows first
                 return self._open(final)
             size = sum(array.nbytes for array in entries.values())
-            # numpy tells of bytes that it could not write, and not why.
-            full = (
-                error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or shutil.disk_usage(self.folder).free < size
-            )
+            full = folders.is_full(error, self.folder, size)  # numpy tells of bytes that it could not write, not why
             reason = "the disk is full" if full else error.strerror or error
             raise CacheError(
                 errno.ENOSPC if full else error.errno,

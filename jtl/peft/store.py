@@ -31,7 +31,7 @@ from jtl.peft.ia3 import ia3
 from jtl.peft.lora import dora, lora, scale_of
 from jtl.typing import Variables
 from jtl.weights import convert, safetensors
-from jtl.weights.folders import check_new, new_folder
+from jtl.weights.folders import check_new, exported
 from jtl.weights.json_file import read_json
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -123,6 +123,7 @@ def save(
 
     Raises:
       ConfigError: the folder is not empty, the adapter is of another kind, or a path names no module.
+      CheckpointError: the disk is full, or refuses.
     """
     if adapter.name not in ("lora", "dora", "ia3"):
         raise ConfigError(f"PEFT's format is written for LoRA, DoRA and IA3, not for {adapter.name}")
@@ -141,8 +142,8 @@ def save(
         "fan_in_fan_out": _stored_turned(model, delta),
         **make(adapter, adapted),
     }
-    with new_folder(folder) as unfinished:
-        named = {PREFIX + name: value for name, value in {**tensors, **kept}.items()}
+    named = {PREFIX + name: value for name, value in {**tensors, **kept}.items()}
+    with exported(folder, sum(value.nbytes for value in named.values())) as unfinished:
         safetensors.write_tensors(unfinished / TENSORS, named, metadata={"format": "pt"})
         (unfinished / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -1,13 +1,16 @@
 """Folders that are written whole or not at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from jtl.errors import ConfigError
+from safetensors import SafetensorError
+
+from jtl.errors import CheckpointError, ConfigError, JtlError
 
 
 def check_new(folder: Path) -> None:
@@ -34,6 +37,39 @@ def free(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def is_full(error: BaseException, folder: Path, size: int) -> bool:
+    """Whether so many bytes could not be written for want of room, whichever library says so and however."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or free(folder) < size:
+        return True
+    return any(text in str(error) for text in ("No space left", "ENOSPC", "File too large"))
+
+
+@contextlib.contextmanager
+def exported(folder: Path, size: int) -> Iterator[Path]:
+    """As `new_folder`, for so many bytes of a model.
+
+    Raises:
+      CheckpointError: the disk has no room for them, which is said before anything is written where it is known; or it
+        refuses. Nothing is left behind.
+      ConfigError: as `new_folder`.
+    """
+
+    def refused(error: BaseException | None) -> CheckpointError:
+        full = error is None or is_full(error, folder, size)
+        why = f"the disk is full: it needs {size:,} bytes, and {free(folder):,} are free" if full else error
+        return CheckpointError(f"{folder} could not be written: {why}")
+
+    if free(folder) < size:
+        raise refused(None)
+    try:
+        with new_folder(folder) as unfinished:
+            yield unfinished
+    except JtlError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise refused(error) from error
 
 
 @contextlib.contextmanager

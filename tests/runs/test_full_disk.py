@@ -2,12 +2,15 @@
 
 import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jtl
 from jtl import errors, runs
+from jtl.models.bert import Bert, BertConfig
+from jtl.weights import folders
 
 from . import victim
 
@@ -54,6 +57,25 @@ def test_a_disk_without_room_is_refused_before_the_first_step(disk):
         steps.extend(jtl.fit(loss_fn, strategy, state, frozen, victim.data(), run=disk / "run"))
     assert not steps
     assert not (disk / "run").exists()
+
+
+@pytest.mark.parametrize("room", ["known", "late"])
+def test_a_model_that_finds_no_room_is_not_half_saved(room, disk, monkeypatch):
+    config = BertConfig(200, 256, 1, 4, 300)  # 3 MB
+    model = Bert(config, jtl.heads.classifier(2))
+    ids = jnp.ones((1, 4), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), ids, attention_mask=ids)
+    (disk / "ballast").write_bytes(bytes(_free(disk) - 1_000_000))
+    if room == "late":  # another program takes it in the meantime
+        monkeypatch.setattr(folders, "free", lambda folder: 1 << 40)
+    with pytest.raises(
+        errors.CheckpointError, match=r"model could not be written: the disk is full: it needs [\d,]+ b"
+    ):
+        jtl.save(disk / "model", model, variables)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    (disk / "ballast").unlink()
+    jtl.save(disk / "model", model, variables)
+    assert jtl.load(disk / "model", None)
 
 
 def _free(place):
