@@ -8,11 +8,13 @@ import optax
 import pytest
 
 import jtl
-from jtl import data, errors, strategies
+from jtl import data, errors, loop, strategies
 from jtl.models.convolution import BatchNorm
 from jtl.step import microbatches
 
 from .cache.cases import Case
+from .runs import resuming, victim
+from .test_memory import small
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(12, 5)), RNG.integers(0, 3, 12).astype(np.int32)
@@ -213,3 +215,13 @@ def test_nested_batches_are_split_leaf_by_leaf():
     parts = microbatches({"a": (jnp.arange(6), jnp.ones((6, 2)))}, 3)
     assert parts["a"][0].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert parts["a"][1].shape == (3, 2, 2)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices: JTL_TEST_DEVICES=8")
+def test_devices_without_room_share_microbatches_that_they_can_split(monkeypatch):
+    expected = victim.train(strategy="full", accumulate=4, mesh=resuming.mesh(2))
+    monkeypatch.setattr(loop, "compiled_train", small(3))
+    assert victim.train(strategy="full", mesh=resuming.mesh(2)) == expected
+    monkeypatch.setattr(loop, "compiled_train", small(1))
+    with pytest.raises(errors.OutOfMemoryError, match="2 of 8 examples on 2 devices"):
+        victim.train(strategy="full", mesh=resuming.mesh(2))

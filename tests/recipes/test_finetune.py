@@ -1,5 +1,6 @@
 """`jtl finetune` from a file to a folder, and every way in which what it is given can be wrong."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import jtl
-from jtl import cli
+from jtl import cli, errors
 from jtl.data import Examples
 from jtl.recipes import finetune, training
 from jtl.recipes.settings import Finetune
@@ -121,6 +122,16 @@ def test_skipped_rows_are_counted_and_listed(model, tmp_path, capsys):
     assert "2 rows skipped" in out
     assert f"{data}, row 7" in out
     assert f"{data}, row {len(ROWS) + 3}" in out
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_that_is_finite_no_more_ends_and_saves_no_model(kept, model, tmp_path):
+    """Weights of 1e37 are finite; what is computed with them is not."""
+    data, out = str(csv(tmp_path)), tmp_path / "out" if kept else None
+    given = Finetune(data=data, held_out=data, model=str(model), batch_size=8, max_length=16, epochs=8, out=out)
+    with pytest.raises(errors.DivergedError, match=r"\d+ steps (in a row )?were (all )?skipped"):
+        finetune.run(dataclasses.replace(given, learning_rate=1e37, strategy="full"), Console(quiet=True))
+    assert not kept or not (out / "jtl.json").exists()
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(model, tmp_path, capsys):
@@ -254,7 +265,8 @@ def test_a_held_out_file_that_is_missing_or_has_other_labels(refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--epochs", "0"), ("--batch-size", "0"), ("--learning-rate", "0"), ("--blocks", "2")]
+    "flags",
+    [("--epochs", "0"), ("--batch-size", "0"), ("--learning-rate", "0"), ("--blocks", "2"), ("--spike", "0")],
 )
 def test_numbers_that_cannot_work(refused, tmp_path, flags):
     assert flags[1] in refused(csv(tmp_path), *flags)
