@@ -6,7 +6,19 @@ vocabulary of 4,000, and a GPT-2 of 4 blocks and width 128 learns to continue th
 rows of 64. Then the same network learns their sentiment from 100, 500 and 2,000 labels: from those weights and from
 random ones, all weights trained, and with all but the head frozen. Perplexity and balanced accuracy on other films.
 
-Expected: not run yet.
+Expected (5 seeds, mean and 95% t interval; jax 0.10.2, 2 CPU cores): perplexity 274.8 after ten epochs of 86,219
+pieces; balanced accuracy, chance .500:
+
+    labels    pretrained, all    pretrained, head    random, all
+    100       .530 ± .027        .506 ± .020         .527 ± .026
+    500       .566 ± .018        .499 ± .011         .591 ± .027
+    2,000     .633 ± .018        .507 ± .009         .625 ± .020
+
+Not a gain, at any size: what a network of this size learns of the next word from 86,219 pieces is not what tells a good
+review from a bad one, and its last features, without any training for sentiment, are at chance. The same network from
+random weights is level, and with 500 labels the mean is .025 in its favour, which the intervals do not settle. A
+pretraining on as few words as this is not to be expected to transfer; MiniLM's, on billions, gains .15
+(`reviews_learning_curve.py`).
 """
 
 import argparse
