@@ -1,15 +1,12 @@
 """Strictness for the whole suite: dtype and rank promotion raise, annotations are checked.
 
-`JTL_TEST_DEVICES=8` runs it on eight simulated CPU devices. Programs are compiled in a hurry, for most of them run
-once; `JTL_TEST_OPTIMISED=1` compiles them as users do.
+`JTL_TEST_DEVICES=8` runs it on eight simulated CPU devices.
 """
 
 import os
 
 devices = os.environ.get("JTL_TEST_DEVICES", "1")
-hurry = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-hurry = "" if os.environ.get("JTL_TEST_OPTIMISED") else hurry
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {hurry} --xla_force_host_platform_device_count={devices}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import importlib.util
