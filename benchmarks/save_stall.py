@@ -47,24 +47,24 @@ class Stretches:
 
     def __init__(self, loss_fn: Any, start: Any, steps: int, stretch: int, folder: Path | None):
         run = None if folder is None else jtl.Run(folder, every=2 * stretch)
-        self._reports: Any = jtl.fit(
+        self.reports: Any = jtl.fit(
             loss_fn, TX, start[0], start[1], texts(steps), run=run, cache="off", say=lambda line: None
         )
         self.stretch, self.seconds = stretch, []
-        next(self._reports)  # compiles
+        next(self.reports)  # compiles
 
     def go(self) -> None:
         """One more."""
         began = time.perf_counter()
         report = None
         for _ in range(self.stretch):
-            report = next(self._reports)
+            report = next(self.reports)
         jax.block_until_ready(report)
         self.seconds.append(time.perf_counter() - began)
 
     def close(self) -> None:
         """Let what is being written end."""
-        self._reports.close()
+        self.reports.close()
 
 
 def counted(seconds: list[float]) -> Any:

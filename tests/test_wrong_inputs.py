@@ -872,7 +872,7 @@ def test_nothing_is_left_of_what_could_not_be_saved(world, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(errors.CheckpointError, match="could not be written: the disk is full"):
         jtl.save(world.folder / "new", world.model, world.bert_variables)
     assert {path.name for path in world.folder.iterdir()} == {"data.csv", "file"}
 
