@@ -207,7 +207,7 @@ def _host(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, Leaf]]:
     for path, leaf in jtree.leaves_with_paths(tree):
         if path in leaves:
             raise CheckpointError(f"two leaves have the path {path!r}: a name in it has a '/'")
-        array, dtype = np.asarray(_data(leaf)), _dtype(leaf)
+        array, dtype = np.asarray(jtree.plain(leaf)), _dtype(leaf)
         arrays[path] = array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")
         leaves[path] = Leaf(array.shape, dtype, _sha256_of(arrays[path]))
     return arrays, leaves
@@ -215,10 +215,6 @@ def _host(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, Leaf]]:
 
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _data(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _dtype(leaf: Any) -> str:

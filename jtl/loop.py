@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jtl import metrics as jmetrics
 from jtl import parallel, runs, schedule
 from jtl import tree as jtree
+from jtl.boundary import Suffix
 from jtl.cache import Mode, Prepared, prepare
 from jtl.data import Batches
 from jtl.errors import ConfigError, DataError
@@ -175,7 +176,7 @@ def _loop(
                 functools.partial(_accumulating, prepared.loss_fn, phase.tx),
                 given.accumulate,
                 devices=1 if mesh is None else mesh.size,
-                least=1 if prepared.split is None else 2,  # a suffix takes no single example
+                least=2 if isinstance(prepared.loss_fn, Suffix) else 1,  # it takes no single example
                 say=given.say,
                 known=None if session is None else session.microbatches(progress),
             )

@@ -163,7 +163,7 @@ def _to_host(state: TrainState) -> PyTree | None:
     """Copies that nothing on a device shares; None where a part of the state is another process's."""
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
         return None
-    return jax.tree.map(lambda leaf: np.array(_plain(leaf)), state)
+    return jax.tree.map(lambda leaf: np.array(jtree.plain(leaf)), state)
 
 
 def _to_devices(kept: PyTree, like: TrainState) -> TrainState:
@@ -176,7 +176,3 @@ def _to_devices(kept: PyTree, like: TrainState) -> TrainState:
         return jax.device_put(key, leaf.sharding)
 
     return jax.tree.map(back, kept, like)
-
-
-def _plain(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf

@@ -179,13 +179,13 @@ def nbytes(tree: PyTree) -> int:
 
 
 def _leaf_bytes(leaf: Any) -> int:
-    leaf = _plain(leaf)
+    leaf = plain(leaf)
     dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
     return int(np.prod(np.shape(leaf))) * dtype.itemsize
 
 
-def _plain(leaf: Any) -> Any:
-    """A random key's data; anything else as it is."""
+def plain(leaf: Any) -> Any:
+    """The data of an array of random keys; anything else as it is."""
     is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
 
@@ -198,7 +198,7 @@ def digest(tree: PyTree) -> str:
     """
     out = hashlib.sha256()
     for path, leaf in leaves_with_paths(tree):
-        array = np.asarray(_plain(leaf))
+        array = np.asarray(plain(leaf))
         out.update(f"{path} {array.shape} {array.dtype}\n".encode())
         out.update(np.ascontiguousarray(array).tobytes())
     return out.hexdigest()

@@ -182,6 +182,23 @@ def test_what_does_not_fit_the_budget_is_left_out_and_named(monkeypatch):
         compare(both, budget=-1.0)
 
 
+def test_preparing_does_not_use_the_budget_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(comparing.comparison, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    prepared = []
+
+    def ahead(self, seed, pool):
+        prepared.append(self.arm.name)
+        now[0] += 100.0
+
+    monkeypatch.setattr(comparing.runner.Runner, "ahead", ahead)
+    probe, last = arms((1.0,))[:2]
+    found = compare([probe, last], seeds=(0,), budget=60.0)
+    assert prepared == [probe.name]  # a quarter of the budget is over
+    assert [trial.arm for trial in found.trials] == [probe.name]
+    assert found.left_out == ((last.name, 0),)
+
+
 def test_the_table_and_the_picture_show_every_arm(tmp_path):
     from rich.console import Console
 

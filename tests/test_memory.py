@@ -113,6 +113,14 @@ def test_what_cannot_be_split_further_is_said(monkeypatch):
         spread(state, frozen, next(iter(victim.data())))
 
 
+def test_a_suffix_takes_two_examples_at_least(monkeypatch):
+    strategy, loss_fn, state, frozen = victim.start("feature extraction")
+    cached = jtl.cache.prepare(loss_fn, state, frozen, victim.data(), mode="require")
+    monkeypatch.setattr(loop, "compiled_train", small(1))
+    with pytest.raises(errors.OutOfMemoryError, match="2 of 8 examples"):
+        list(jtl.fit(cached.loss_fn, strategy, state, frozen, cached.batches, cache="off", say=lambda line: None))
+
+
 def test_other_errors_pass(monkeypatch):
     def broken(loss_fn, tx):
         def call(state, frozen, batch):

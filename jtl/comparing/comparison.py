@@ -1,6 +1,7 @@
 """`compare`: strategies, learning rates and seeds on one data set, computing nothing twice that they have in common."""
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,17 +56,20 @@ def compare(
     """
     sample = (lambda seed: train) if isinstance(train, Batches) else train
     _check(arms, seeds, sample)
+    limit = math.inf if budget is None else budget
     started, trials, left_out, cost = time.perf_counter(), [], [], {}
     with _folder(directory) as folder, _compiler() as pool:
         runners = [Runner(arm, sample, (choose, report), folder if share else None) for arm in arms]
-        if share and (budget is None or budget > 0):
-            for runner in runners:
-                runner.ahead(seeds[0], pool)
+        for runner in runners if share else ():
+            if time.perf_counter() - started > limit / 4:
+                break  # what is not compiled ahead is compiled when it is needed
+            runner.ahead(seeds[0], pool)
         for number, seed in enumerate(seeds):
             for place, runner in enumerate(runners):
                 on_run(runner.arm.name, seed, (number * len(arms) + place) / (len(seeds) * len(arms)))
                 began = time.perf_counter()
-                if budget is not None and began - started + cost.get(place, 0.0) > budget:
+                late = began - started + cost.get(place, 0.0) > limit
+                if late and (trials or limit <= 0):  # preparing alone does not use the budget up
                     left_out.append((runner.arm.name, seed))
                     continue
                 compiled = runner.compile_seconds
