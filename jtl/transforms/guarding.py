@@ -123,14 +123,17 @@ def guard(
 def finite(tree: PyTree, before: PyTree = None) -> jax.Array:
     """Whether all floats of a tree are finite, bool scalar; with `before`, those that were finite there."""
 
-    def whole(leaf: Any, old: Any = None) -> jax.Array:
+    def whole(leaf: Any, old: Any = None) -> jax.Array | None:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            return jnp.array(True)
+            return None
         fine = jnp.isfinite(leaf)
         return jnp.all(fine if old is None else fine | ~jnp.isfinite(old))
 
     found = jax.tree.map(whole, tree) if before is None else jax.tree.map(whole, tree, before)
-    return jax.tree.reduce(jnp.logical_and, found, jnp.array(True))
+    flags = [jnp.array(True), *jax.tree.leaves(found)]
+    # The barrier keeps XLA from writing the conjunction of all leaves' flags into every kernel that asks for it, which
+    # makes programs, and the time to compile them, grow with the square of the number of leaves.
+    return jnp.all(jax.lax.optimization_barrier(jnp.stack(flags)))
 
 
 def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:

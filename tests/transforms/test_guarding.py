@@ -487,3 +487,16 @@ def test_the_audit_of_a_guarded_step(mask, spike):
     step = jax.jit(jtl.train_step(loss_fn, tx, grad_norm=True), donate_argnums=0)
     batch = jax.tree.map(jnp.asarray, with_weights(BATCHES[0]))
     jtl.audit(step, state, frozen, batch, loss_fn=loss_fn).require()
+
+
+def test_a_compiled_guard_grows_with_the_leaves_and_not_with_their_square():
+    def lines(count):
+        params = {str(i): jax.ShapeDtypeStruct((4, i + 1), jnp.float32) for i in range(count)}
+        tx = guard(optax.adamw(0.1))
+        update = jax.jit(lambda grads, state, params, value: tx.update(grads, state, params, value=value))
+        state = jax.eval_shape(tx.init, params)
+        with standard_promotion():
+            program = update.lower(params, state, params, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+        return len(program.as_text().splitlines())
+
+    assert lines(32) < 2.2 * lines(16)
