@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from jtl.typing import PyTree
 from jtl.weights import safetensors
 from jtl.weights.folders import check_new, exported
 
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
 
 def save(
     folder: str | Path,
@@ -28,6 +30,7 @@ def save(
     classes: Sequence[str] = (),
     tokenizer: Any = None,
     notes: Mapping[str, Any] | None = None,
+    problem_type: ProblemType | None = None,
 ) -> None:
     """Write a model of jtl's families to a new folder, whole or not at all.
 
@@ -46,6 +49,9 @@ def save(
       classes: names of the head's outputs.
       tokenizer: a tokenizer of Hugging Face to keep beside it.
       notes: anything else to keep in `jtl.json`, JSON values; not kept in the format of transformers.
+      problem_type: what transformers makes of a head's outputs, in its loss and its pipelines: the logits of one class,
+        those of any number of labels, or numbers. Not said by default, which means one class, or a sigmoid of a single
+        output. For the format of transformers alone.
 
     Raises:
       ConfigError: the folder is not empty, leaves are stored in few bits, or the model is not one that `jtl.load` could
@@ -54,6 +60,9 @@ def save(
     """
     if format not in ("jtl", "transformers"):
         raise ConfigError(f"format={format!r}: expected jtl or transformers")
+    if problem_type is not None and (format != "transformers" or problem_type not in get_args(ProblemType)):
+        kinds = ", ".join(get_args(ProblemType))
+        raise ConfigError(f"problem_type={problem_type!r}: expected one of {kinds}, with format='transformers'")
     quantized.require_plain(dict(variables), "saving")
     folder = Path(folder)
     check_new(folder)
@@ -66,11 +75,22 @@ def save(
         tensors = dict(jtree.leaves_with_paths(dict(variables)))
     else:
         name, (settings, tensors) = "config.json", _as_transformers(model, variables, classes)
+        settings |= _problem(problem_type, settings)
     with exported(folder, jtree.nbytes(dict(variables))) as unfinished:
         safetensors.write_tensors(unfinished / safetensors.SINGLE, tensors, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         (unfinished / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _problem(problem: str | None, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The setting of transformers that says what a head's outputs are."""
+    if problem is None:
+        return {}
+    (name,) = settings["architectures"]
+    if not name.endswith(("ForSequenceClassification", "ForImageClassification")):
+        raise ConfigError(f"problem_type={problem!r} is for the head of a classifier; {name} has none")
+    return {"problem_type": problem}
 
 
 def _as_transformers(

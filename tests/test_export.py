@@ -118,3 +118,27 @@ def test_an_interrupted_save_leaves_nothing(trained, tmp_path, monkeypatch, stag
     with pytest.raises((OSError, TypeError)):
         jtl.save(tmp_path / "out", *trained, tokenizer=tokenizer, notes=notes)
     assert not list(tmp_path.iterdir())
+
+
+def _described(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
+def test_transformers_is_told_what_the_outputs_are(problem, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, variables = jtl.load(
+        checkpoints.write(tmp_path / "tiny"), jtl.heads.classifier(3), key=jax.random.key(0), pool="pooler"
+    )
+    jtl.save(tmp_path / "out", model, variables, format="transformers", problem_type=problem)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").problem_type == problem
+    jtl.save(tmp_path / "unsaid", model, variables, format="transformers")
+    assert "problem_type" not in _described(tmp_path / "unsaid")
+
+
+def test_what_the_outputs_are_is_said_of_classifiers_in_the_format_of_transformers(tmp_path):
+    model, variables = jtl.load(checkpoints.write(tmp_path / "tiny"), pool="pooler")
+    with pytest.raises(ConfigError, match="expected one of single_label"):
+        jtl.save(tmp_path / "out", model, variables, problem_type="regression")
+    with pytest.raises(ConfigError, match="BertModel has none"):
+        jtl.save(tmp_path / "out", model, variables, format="transformers", problem_type="regression")
