@@ -66,7 +66,7 @@ def corpus() -> Examples:
         found.setdefault(words[:BEGINNING].lower(), (words, int(path.parent.name.startswith("spam"))))
     texts, labels = zip(*(pair for start, pair in found.items() if start), strict=True)
     columns = {"text": list(texts)}
-    return Examples(columns, np.array(labels, np.int32), ("ham", "spam"), "SpamAssassin")
+    return Examples(columns, np.array(labels, np.int32), ("ham", "spam"), name="SpamAssassin")
 
 
 def plain(raw: str) -> str:
