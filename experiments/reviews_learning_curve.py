@@ -11,11 +11,11 @@ Expected (5 seeds, mean and 95% t interval; jax 0.10.2):
     500       .629 ± .016    .709 ± .023    .722 ± .013    .745 ± .011    .753 ± .006    .602 ± .020
     2,000     .694 ± .010    .717 ± .012    .777 ± .014    .780 ± .011    .802 ± .012    .667 ± .020
 
-Pretraining does not stop to matter within 2,000 labels: it is worth .154, .151 and .135 ± .010 over random weights, which
-stay below counting words at every size; what it is worth falls, slowly. Against all weights, the head alone loses at
-every size and ever more (-.039 ± .030, -.044 ± .023, -.085 ± .005), and has learnt what it can at 500; the last two
-blocks lose from 500 on (-.031 ± .018, -.025 ± .008; -.022 ± .052 with 100 is unresolved), and LoRA, .3% trained, with
-2,000 alone (-.022 ± .012).
+Pretraining does not stop to matter within 2,000 labels: it is worth .154, .151 and .135 ± .010 over random weights,
+whose means stay below those of counting words. Against all weights, the head alone loses at every size and ever more
+(-.039 ± .030, -.044 ± .023, -.085 ± .005): four times the labels of 500 give it .008; the last two blocks lose from 500
+on (-.031 ± .018, -.025 ± .008; -.022 ± .052 with 100 is unresolved), and LoRA, .3% trained, with 2,000 alone (-.022 ±
+.012).
 """
 
 import argparse
