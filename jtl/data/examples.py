@@ -30,7 +30,8 @@ class Examples(NamedTuple):
     Attributes:
       columns: inputs by name, each a list or an array of N entries: `{"text": [...]}`.
       labels: int32 `[N]`, indices into `classes`; or, of examples with any number of labels, float32
-        `[N, len(classes)]`, each 0 or 1; or, where there are no classes, numbers to predict, float32 `[N]`.
+        `[N, len(classes)]`, each 0 or 1; or, where there are no classes, numbers to predict, float64 `[N]`, so that
+        numbers that differ little beside their size still do when their mean is taken from them.
       classes: the class names.
       groups: str `[N]`, what must not be in two parts of a split (a film, a patient); or None.
       name: what reports call this data set.
@@ -227,9 +228,11 @@ def _check_numbers(examples: Examples) -> None:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.floating):
         raise errors.DataError(f"{name}: labels are {labels.dtype} {labels.shape}; expected floats [N], or classes")
     _check_lengths(examples)
-    bad = np.flatnonzero(~np.isfinite(labels))
+    bad = np.flatnonzero(~(np.abs(labels) <= np.finfo(np.float32).max))  # so is NaN
     if bad.size:
-        raise errors.DataError(f"{name}: example {bad[0]} has the label {labels[bad[0]]}; expected a number")
+        raise errors.DataError(
+            f"{name}: example {bad[0]} has the label {labels[bad[0]]}; expected a number within float32"
+        )
     if (labels == labels[0]).all():
         raise errors.DataError(f"{name}: all {examples.size} examples have the label {labels[0]:g}; expected several")
 

@@ -116,18 +116,26 @@ def _several(separator: str) -> Target:
     return Target(problem, labels)
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""The largest number that float32 has, in which models compute."""
+
+
 def _number_problem(column: str, value: Any, classes: tuple[str, ...] | None) -> str:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    return "" if math.isfinite(number) else f"{column!r} is {value!r} ({type(value).__name__}); expected a number"
+    if not math.isfinite(number):
+        return f"{column!r} is {value!r} ({type(value).__name__}); expected a number"
+    if abs(number) > _LARGEST:
+        return f"{column!r} is {value!r}; expected a number of at most {_LARGEST:.2g}, as float32 has them"
+    return ""
 
 
 def _numbers(values: Sequence[Any], declared: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     if declared:
         raise errors.ConfigError(f"classes {', '.join(declared)} were declared, but the labels are numbers")
-    return np.array([float(value) for value in values], np.float32), ()
+    return np.array([float(value) for value in values], np.float64), ()
 
 
 _CLASS, _NUMBER = Target(_class_problem, _classes), Target(_number_problem, _numbers)

@@ -154,7 +154,7 @@ def test_labels_may_be_numbers(tmp_path):
     for path in (table, write(tmp_path, "a.jsonl", objects), parquet(tmp_path, text=["t", "u"], label=[2.0, -15.0])):
         examples = read(path, task="regression")
         assert examples.labels.tolist() == [2, -15]
-        assert (examples.labels.dtype, examples.task, examples.classes) == ("float32", "regression", ())
+        assert (examples.labels.dtype, examples.task, examples.classes) == ("float64", "regression", ())
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,7 @@ def test_labels_may_be_numbers(tmp_path):
         ("regression", [1, None], "row 2: 'label' is None"),
         ("regression", [1, [2]], "row 2: 'label' is "),
         ("regression", [1, 10**400], "row 2: 'label' is 1000"),
+        ("regression", [1, "-1e39"], "row 2: 'label' is '-1e39'; expected a number of at most 3.4e.38"),
         ("regression", [3, 3.0], "all 2 examples have the label 3"),
     ],
 )

@@ -101,6 +101,15 @@ def test_a_head_undoes_what_was_done_to_the_numbers():
     assert told["other"] is other
 
 
+def test_numbers_are_centred_before_they_are_rounded(tmp_path):
+    """Beside 1e9, float32 knows no difference below 64."""
+    labels = np.array([1e9, 1e9 + 1, 1e9 + 2])
+    train = jtl.data.read(parquet(tmp_path, text=["a", "b", "c"], label=labels), task="regression")
+    learnt = goals.goal(train).learnt(train).labels
+    assert learnt.dtype == np.float32
+    assert learnt == pytest.approx((labels - 1e9 - 1) / np.sqrt(2 / 3))
+
+
 # Refusals
 
 
