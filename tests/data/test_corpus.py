@@ -185,7 +185,11 @@ def test_whatever_decides_the_tokens_decides_the_key(tmp_path, tokenizer):
     path, out = write(tmp_path / "a.txt"), tmp_path / "out"
     other = wordpiece()
     other.add_tokens(["zz"])
+    left, split = wordpiece(), wordpiece()
+    left.truncation_side, split.split_special_tokens = "left", True
     folders = [
+        corpus.tokenised(path, left, out).folder,
+        corpus.tokenised(path, split, out).folder,
         corpus.tokenised(path, tokenizer, out).folder,
         corpus.tokenised(path, other, out).folder,
         corpus.tokenised(path, tokenizer, out, max_length=5).folder,
