@@ -66,6 +66,7 @@ def task(
     Raises:
       JtlError: whatever is wrong with either.
     """
+    check_seed(seed)
     if settings.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {settings.batch_size}")
     train, held_out = _examples(settings, seed, kind, separator)
@@ -81,6 +82,20 @@ def task(
             console.print(line, markup=False, soft_wrap=True)
     train, held_out = goal.learnt(train), goal.learnt(held_out)
     return Task(train, held_out, source, modality, model, variables, tokenizer, goal)
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Refuse seeds of which a generator of random numbers would take nothing, or a part.
+
+    Args:
+      seed: the first.
+      count: how many follow each other.
+
+    Raises:
+      ConfigError: one is not in 32 bits.
+    """
+    if not 0 <= seed <= 2**32 - count:
+        raise ConfigError(f"seed must be from 0 to {2**32 - count}, got {seed}")
 
 
 def batches(

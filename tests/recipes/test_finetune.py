@@ -266,7 +266,16 @@ def test_a_held_out_file_that_is_missing_or_has_other_labels(refused, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--epochs", "0"), ("--batch-size", "0"), ("--learning-rate", "0"), ("--blocks", "2"), ("--spike", "0")],
+    [
+        ("--epochs", "0"),
+        ("--batch-size", "0"),
+        ("--learning-rate", "0"),
+        ("--learning-rate", "inf"),
+        ("--blocks", "2"),
+        ("--spike", "0"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+    ],
 )
 def test_numbers_that_cannot_work(refused, tmp_path, flags):
     assert flags[1] in refused(csv(tmp_path), *flags)
