@@ -146,10 +146,20 @@ class Batches:
             rows = np.arange(start, min(start + self.layout.batch_size, self.rows))
             yield rows, self.alone(rows)
 
-    def alone(self, rows: np.ndarray) -> Batch:
-        """A batch of these rows at the largest length, filled up with copies of weight 0; at most a batch's size."""
+    def alone(self, rows: np.ndarray, length: int | None = None) -> Batch:
+        """A batch of these rows, filled up with copies of weight 0; at most a batch's size.
+
+        Args:
+          rows: their numbers.
+          length: that they are padded to; by default the largest of the run.
+        """
         filled = dataclasses.replace(self, layout=self.layout._replace(remainder="pad", shards=1), shard=0)
-        return filled.assemble(plans.Batch(max(self.layout.buckets), rows))
+        return filled.assemble(plans.Batch(max(self.layout.buckets) if length is None else length, rows))
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """int64 `[N]`, the length of each row; None where rows need no padding."""
+        return _lengths(self.columns)
 
     def _prefetched(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
         try:
@@ -255,8 +265,9 @@ def _gather(columns: Mapping[str, Column], rows: np.ndarray, length: int) -> Bat
 
 def _single(name: str, column: Column) -> Column:
     """Targets as models take them: examples keep numbers in float64 until they have been centred."""
-    doubled = name == "label" and isinstance(column, np.ndarray) and column.dtype == np.float64
-    return column.astype(np.float32) if doubled else column
+    if name == "label" and isinstance(column, np.ndarray) and column.dtype == np.float64:
+        return column.astype(np.float32)
+    return column
 
 
 def _rows(column: Column) -> int:
