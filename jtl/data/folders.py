@@ -200,7 +200,7 @@ def _reader(path: Path, files: Sequence[Any]) -> tuple[str, Callable[[Any], Any]
 def _read_text(file: Path | Member) -> str:
     _check_suffix(file, TEXT_SUFFIXES)
     text = file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    problem = tables.encoding_problem(text) or ("" if text.strip() else "the file is empty; expected text")
+    problem = tables.encoding_problem(text) or tables.blank_problem("the file", text)
     if problem:
         raise errors.DataError(f"{file}: {problem}")
     return text
