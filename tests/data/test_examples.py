@@ -151,6 +151,18 @@ def test_check_names_what_is_wrong(examples, message):
         check(examples)
 
 
+@pytest.mark.parametrize(
+    "examples",
+    [
+        make([1, 1]),
+        make([0, 1])._replace(labels=np.ones((2, 3))),
+        make([0, 1], classes=())._replace(labels=np.array([0.5, 0.5])),
+    ],
+)
+def test_what_is_only_evaluated_may_all_be_alike(examples):
+    assert check(examples, held_out=True) is examples
+
+
 def numbers(count):
     return make(range(count), classes=())._replace(labels=np.linspace(0, 1, count))
 
