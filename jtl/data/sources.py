@@ -76,7 +76,10 @@ def read(
     wanted = [*columns.values(), label] if group is None else [*columns.values(), label, group]
     problem = _check_row(list(columns.values()), label, group, aim, declared)
     kept, skipped = _sort_out(path, tables.rows(path, wanted), problem, skip_bad)
-    labels, names = aim.labels([row[label] for row in kept], declared)
+    try:
+        labels, names = aim.labels([row[label] for row in kept], declared)
+    except errors.DataError as error:
+        raise errors.DataError(f"{path}: {error}") from error
     return check(
         Examples(
             columns={name: [row[column] for row in kept] for name, column in columns.items()},
@@ -93,7 +96,9 @@ def read(
 def _declared(classes: Sequence[str] | None) -> tuple[str, ...] | None:
     if classes is None:
         return None
-    names = tuple(str(name) for name in classes)
+    names = tuple(key(name) for name in classes)  # as labels are read
+    if "" in names:
+        raise errors.ConfigError(f"classes {names}: a name is empty; expected names")
     if len(set(names)) != len(names):
         raise errors.ConfigError(f"classes {names}: a name is there twice; expected distinct names")
     return names

@@ -75,7 +75,10 @@ def test_parquet_reads_as_the_others(tmp_path):
         ({"text": ["a", None], "label": ["x", "y"]}, "row 2: 'text' is None"),
         ({"text": ["a", " "], "label": ["x", "y"]}, "row 2: 'text' is empty"),
         ({"text": ["a", "b"], "label": ["x", None]}, "row 2: 'label' is None"),
-        ({"text": ["a", "b"], "label": [1.5, 2.5]}, "row 1: 'label' is 1.5"),
+        (
+            {"text": ["a", "b"], "label": [1.5, 2.5]},
+            "row 1: 'label' is 1.5 .*; to predict numbers, .*--task regression",
+        ),
         ({"text": [b"a", b"b"], "label": [1, 2]}, "row 1: 'text' is b'a' .bytes."),
         ({"text": ["a"], "lable": ["x"]}, "no column 'label'; .*did you mean 'lable'"),
         ({"text": [], "label": []}, "the file is empty"),
@@ -176,6 +179,9 @@ def test_labels_may_be_numbers(tmp_path):
         ("regression", [1, "x"], "row 2: 'label' is 'x' .str.; expected a number"),
         ("regression", [1, "nan"], "row 2: 'label' is 'nan'"),
         ("regression", [1, True], "row 2: 'label' is True"),
+        ("regression", [1, "1_0"], "row 2: 'label' is '1_0' .str.; expected a number"),
+        ("regression", [1, "\u0661\u0662"], "row 2: 'label' is '\u0661\u0662' .str.; expected a number"),
+        ("classification", [f"{i}.5" for i in range(20)], "a.jsonl: the labels are 20 different .* task='regression'"),
         ("regression", [1, None], "row 2: 'label' is None"),
         ("regression", [1, [2]], "row 2: 'label' is "),
         ("regression", [1, 10**400], "row 2: 'label' is 1000"),
@@ -191,7 +197,7 @@ def test_labels_of_another_kind_are_refused(tmp_path, task, rows, message):
 
 def test_tasks_that_cannot_be_are_refused(tmp_path):
     path = write(tmp_path, "a.csv", "text,label\nt,\nu,\n")
-    with pytest.raises(errors.DataError, match="no row has a label"):
+    with pytest.raises(errors.DataError, match=r"a.csv: no row has a label"):
         read(path, task="multilabel")
     numbers = write(tmp_path, "b.csv", "text,label\nt,1\nu,2\n")
     with pytest.raises(errors.ConfigError, match="classes a were declared, but the labels are numbers"):
@@ -211,8 +217,21 @@ def test_integer_classes_sort_by_value(tmp_path):
     assert read(path).classes == ("-1", "9", "10")
 
 
+def test_numbers_with_few_values_are_names(tmp_path):
+    rows = [{"text": "t", "label": f"{i % 10 / 2}"} for i in range(40)]
+    assert len(read(write(tmp_path, "a.jsonl", lines(*rows))).classes) == 10
+    several = [{"text": "t", "label": f"{i}"} for i in range(40)]
+    assert len(read(write(tmp_path, "b.jsonl", lines(*several))).classes) == 40
+
+
+@pytest.mark.parametrize("text", ["1", "-1.5", "+.5", "2.", "1e3", "1.5E-3", " 2 "])
+def test_numbers_are_read_as_tables_have_them(tmp_path, text):
+    path = write(tmp_path, "a.jsonl", lines({"text": "t", "label": text}, {"text": "t", "label": 7}))
+    assert read(path, task="regression").labels[0] == float(text)
+
+
 def test_declared_classes_keep_their_order(tmp_path):
-    examples = read(write(tmp_path, "a.csv", GOOD), classes=["pos", "neg", "mixed"])
+    examples = read(write(tmp_path, "a.csv", GOOD), classes=[" pos", "neg ", "mixed"])
     assert examples.classes == ("pos", "neg", "mixed")
     assert examples.labels.tolist() == [0, 1]
 
@@ -354,6 +373,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(errors.ConfigError, match="one text, and has no 'label'"):
         read(write(tmp_path, "a.txt", "good film\n"))
     with pytest.raises(errors.ConfigError, match="a name is there twice"):
-        read(write(tmp_path, "a.csv", GOOD), classes=["pos", "pos"])
+        read(write(tmp_path, "a.csv", GOOD), classes=["pos", " pos"])
+    with pytest.raises(errors.ConfigError, match="a name is empty"):
+        read(write(tmp_path, "a.csv", GOOD), classes=["pos", " "])
     with pytest.raises(errors.ConfigError, match="no column 'film'"):
         read(tmp_path, group="film")
