@@ -72,6 +72,8 @@ def task(
     train, held_out = _examples(settings, seed, kind, separator)
     _report(train, held_out, console)
     goal = goals.goal(train)
+    if goal.rounded():
+        console.print(goal.rounded(), markup=False, soft_wrap=True)
     with console.status(f"loading {escape(settings.model)}"):
         source = resolve(settings.model, revision=settings.revision)
         modality = _check_modality(source, train, augment)

@@ -43,7 +43,7 @@ def outputs(folder, texts, second=None):
 
 
 def run(data, model, out, console=None, **settings):
-    given = Finetune(data=data, held_out=data, model=str(model), out=out, **{**SIZES, **settings})
+    given = Finetune(**{"data": data, "held_out": data, "model": str(model), "out": out, **SIZES, **settings})
     return finetune.run(given, console or Console(quiet=True)).scores
 
 
@@ -108,6 +108,19 @@ def test_numbers_are_centred_before_they_are_rounded(tmp_path):
     learnt = goals.goal(train).learnt(train).labels
     assert learnt.dtype == np.float32
     assert learnt == pytest.approx((labels - 1e9 - 1) / np.sqrt(2 / 3))
+    assert "in float32, in steps of 64" in goals.goal(train).rounded()
+    assert not goals.goal(train._replace(labels=labels - 1e9)).rounded()
+
+
+def test_of_one_number_there_is_no_correlation_and_json_has_none(model, tmp_path):
+    parts = []
+    for name, count in (("train", 36), ("held out", 1)):
+        (tmp_path / name).mkdir()
+        parts.append(parquet(tmp_path / name, text=TEXTS[:count], label=list(map(float, range(count)))))
+    scores = run(parts[0], model, tmp_path / "out", task="regression", held_out=parts[1], epochs=1)
+    written = json.loads((tmp_path / "out" / "jtl.json").read_text(), parse_constant=pytest.fail)
+    assert written["notes"]["outcome"]["scores"]["correlation"] is None
+    assert np.isnan(scores["correlation"])
 
 
 # Refusals
