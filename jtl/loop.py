@@ -335,12 +335,32 @@ def _check_rows(check: Callable[[Batch], None], data: Batches) -> None:
         try:
             check(batch)
         except DataError as error:
-            for row in rows:
-                try:
-                    check(data.alone(np.array([row])))
-                except DataError as single:
-                    raise DataError(f"row {row} of the data, by itself in a batch: {single}") from error
-            raise DataError(f"rows {rows[0]} to {rows[-1]} of the data: {error}") from error
+            raise DataError(
+                _blamed(check, data, rows) or f"rows {rows[0]} to {rows[-1]} of the data: {error}"
+            ) from error
+
+
+def _blamed(check: Callable[[Batch], None], data: Batches, rows: np.ndarray) -> str:
+    """What is refused of one of these rows; or of the longest row of all, to whose length they are padded."""
+    lengths = data.lengths
+    for row in rows if lengths is None else (lengths.argmax(), *rows):
+        found = _refusal(check, data.alone(np.array([row])))
+        if found and lengths is not None:
+            own = _refusal(check, data.alone(np.array([row]), int(lengths[row])))
+            if not own:
+                return f"all rows of the data are padded to {max(data.layout.buckets)}: {found}"
+            found = own
+        if found:
+            return f"row {row} of the data, by itself in a batch: {found}"
+    return ""
+
+
+def _refusal(check: Callable[[Batch], None], batch: Batch) -> str:
+    try:
+        check(batch)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _checked(check: Callable[[Batch], None], batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -9,6 +9,8 @@ import pytest
 
 import jtl
 from jtl import data, errors, loop
+from jtl.data.text import ragged
+from jtl.models.inputs import check_tokens
 from jtl.step import eval_step
 
 TX = optax.adam(1e-2)
@@ -76,6 +78,38 @@ def test_a_bad_row_of_data_in_memory_is_named_before_the_first_step(row, monkeyp
     run = data.batches({"x": X}, bad, batch_size=3, seed=0, epochs=2)
     with pytest.raises(errors.DataError, match=f"row {row} of the data, by itself in a batch: label 5"):
         next(jtl.fit(LOSS, TX, *start(), run))
+
+
+class Short(nn.Module):
+    """Of texts of at most four tokens."""
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask):
+        del attention_mask
+        return nn.Dense(3, name="head")(jax.nn.one_hot(input_ids, 9).mean(1))
+
+    @nn.nowrap
+    def check_batch(self, batch):
+        check_tokens(batch, vocabulary=9, longest=4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bad", "buckets", "message"),
+    [
+        ([2, 4, 5, 7, 1], 0, None, "row 3 of the data, by itself in a batch: input_ids are 7 long"),
+        ([2, 4, 3, 1, 1], 0, (8,), "all rows of the data are padded to 8: input_ids are 8 long"),
+        ([2, 4, 3, 1, 1], 5, None, "row 2 of the data, by itself in a batch: label 5"),
+    ],
+)
+def test_a_row_is_not_refused_for_the_length_of_another(lengths, bad, buckets, message):
+    labels = np.where(np.arange(5) == 2, bad, 0)
+    run = data.batches({"input_ids": ragged([[1] * n for n in lengths])}, labels, batch_size=2, buckets=buckets)
+    ids = jnp.ones((1, 4), jnp.int32)
+    state, frozen = jtl.init(
+        Short().init(jax.random.key(0), ids, ids), TX, trainable=jtl.everything(), key=jax.random.key(1)
+    )
+    with pytest.raises(errors.DataError, match=message):
+        next(jtl.fit(jtl.supervised(Short(), jtl.losses.cross_entropy), TX, state, frozen, run))
 
 
 def test_a_bad_held_out_label_is_refused_and_not_averaged_into_nan():

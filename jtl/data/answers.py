@@ -166,15 +166,16 @@ def exact_match(answer: str, true: Sequence[str]) -> float:
 
     Args:
       answer: what was predicted.
-      true: the true answers; none, or "", where the question has none.
+      true: the true answers; none, or "", where the question has none. Beside others, one of which nothing is left
+        does not count.
 
     References:
-      Rajpurkar et al, SQuAD, EMNLP 2016 (arXiv 1606.05250), section 6.1.
+      Rajpurkar et al, SQuAD, EMNLP 2016 (arXiv 1606.05250), section 6.1, and the evaluation of SQuAD 2.
 
     >>> exact_match("The Eiffel tower.", ["Eiffel Tower", "a tower"])
     1.0
     """
-    return float(any(_words(answer) == _words(one) for one in true or [""]))
+    return float(any(_words(answer) == one for one in _true(true)))
 
 
 def answer_f1(answer: str, true: Sequence[str]) -> float:
@@ -182,15 +183,21 @@ def answer_f1(answer: str, true: Sequence[str]) -> float:
 
     Args:
       answer: what was predicted.
-      true: the true answers; none, or "", where the question has none.
+      true: the true answers; none, or "", where the question has none. Beside others, one of which nothing is left
+        does not count.
 
     References:
-      Rajpurkar et al, SQuAD, EMNLP 2016 (arXiv 1606.05250), section 6.1.
+      Rajpurkar et al, SQuAD, EMNLP 2016 (arXiv 1606.05250), section 6.1, and the evaluation of SQuAD 2.
 
     >>> round(answer_f1("in Paris, France", ["Paris"]), 6)
     0.5
     """
-    return max(_f1(_words(answer), _words(one)) for one in true or [""])
+    return max(_f1(_words(answer), one) for one in _true(true))
+
+
+def _true(answers: Sequence[str]) -> list[list[str]]:
+    """The words of each true answer that has any, as SQuAD 2 evaluates; of no answer where none has."""
+    return [words for words in map(_words, answers) if words] or [[]]
 
 
 def _f1(left: list[str], right: list[str]) -> float:
@@ -204,7 +211,7 @@ def _words(answer: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _places(contexts: Sequence[str], answers: Sequence[tuple[int, str] | None]) -> list[tuple[int, int] | None]:
+def _places(contexts: Sequence[str], answers: Sequence[Any]) -> list[tuple[int, int] | None]:
     """The first character of each answer, and the one after its last, without blanks around it."""
     if len(answers) != len(contexts):
         raise errors.DataError(f"{len(answers)} answers for {len(contexts)} contexts; expected as many")
@@ -213,7 +220,7 @@ def _places(contexts: Sequence[str], answers: Sequence[tuple[int, str] | None]) 
         if answer is None:
             found.append(None)
             continue
-        start, given = answer
+        start, given = _place(row, answer)
         there = context[max(0, start) : max(0, start) + len(given)]
         if not given.strip() or start < 0 or there != given:
             raise errors.DataError(
@@ -223,6 +230,18 @@ def _places(contexts: Sequence[str], answers: Sequence[tuple[int, str] | None]) 
         begin = start + len(given) - len(given.lstrip())
         found.append((begin, begin + len(given.strip())))
     return found
+
+
+def _place(row: int, answer: Any) -> tuple[int, str]:
+    """An answer's first character and its text."""
+    start, given = answer if isinstance(answer, (tuple, list)) and len(answer) == 2 else (None, None)
+    if isinstance(start, bool) or not isinstance(start, (int, np.integer)) or not isinstance(given, str):
+        record = "; of a record of SQuAD, its answer_start[0] and text[0]" if isinstance(answer, dict) else ""
+        raise errors.DataError(
+            f"answer {row} is {answer!r:.80}; expected its first character, an integer, and its text, or None for no "
+            f"answer{record}"
+        )
+    return int(start), given
 
 
 def _check_questions(tokenizer: Any, questions: Sequence[str], max_length: int, stride: int) -> None:

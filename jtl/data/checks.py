@@ -31,11 +31,13 @@ class Report(NamedTuple):
     """What `compare` found.
 
     Attributes:
-      counts: by the name of a part, the examples of each class, those without any included.
+      counts: by the name of a part, the examples of each class, those without any included; none where examples have
+        not one class each.
       untrained: classes that are held out, but not trained on.
       missing: classes that are trained on, but not held out.
       duplicates: examples that are in both parts.
       skipped: by the name of a part, how many files or rows its reader left out.
+      unused: classes without an example in either part.
     """
 
     counts: dict[str, dict[str, int]]
@@ -43,6 +45,7 @@ class Report(NamedTuple):
     missing: tuple[str, ...]
     duplicates: tuple[Duplicate, ...]
     skipped: dict[str, int]
+    unused: tuple[str, ...] = ()
 
     def lines(self, most: int = 5) -> list[str]:
         """What a user should read: one line for each part, then one for each problem.
@@ -56,6 +59,8 @@ class Report(NamedTuple):
             found.append(f"never trained on, so never right: {', '.join(self.untrained)}")
         if self.missing:
             found.append(f"without a held-out example, so not evaluated: {', '.join(self.missing)}")
+        if self.unused:
+            found.append(f"without any example, so not learnt: {', '.join(self.unused)}")
         if self.duplicates:
             found.append(
                 f"{len(self.duplicates)} held-out examples are in the training data, which flatters the scores"
@@ -73,27 +78,35 @@ def compare(train: Examples, held_out: Examples, *, pixels: bool = False) -> Rep
       pixels: as in `duplicates`.
 
     Raises:
-      DataError: the classes differ, so that labels would mean two things; examples have not one class each; or as
-        `duplicates`.
+      DataError: the classes, or the kinds of labels, differ, so that labels would mean two things; or as `duplicates`.
     """
     if train.classes != held_out.classes:
         raise errors.DataError(
             f"{train.name} has the classes {', '.join(train.classes)}, {held_out.name} has "
             f"{', '.join(held_out.classes)}; read the second with the classes of the first"
         )
-    if train.task != "classification" or held_out.task != "classification":
-        raise errors.DataError("examples are counted by class, and these have not one each; see duplicates alone")
-    names = _part_names(train, held_out)
-    counts = [np.bincount(part.labels, minlength=len(train.classes)).tolist() for part in (train, held_out)]
+    if train.task != held_out.task:
+        raise errors.DataError(f"{train.name} is for {train.task}, {held_out.name} for {held_out.task}; expected one")
+    names, counts = _part_names(train, held_out), [_counts(part) for part in (train, held_out)]
     by_name = {name: dict(zip(train.classes, found, strict=True)) for name, found in zip(names, counts, strict=True)}
     pairs = list(zip(train.classes, *counts, strict=True))
     return Report(
-        counts=by_name,
+        counts=by_name if train.task == "classification" else {},
         untrained=tuple(name for name, trained, held in pairs if held and not trained),
         missing=tuple(name for name, trained, held in pairs if trained and not held),
         duplicates=duplicates(train, held_out, pixels=pixels),
         skipped={name: len(part.skipped) for name, part in zip(names, (train, held_out), strict=True)},
+        unused=tuple(name for name, trained, held in pairs if not trained and not held),
     )
+
+
+def _counts(examples: Examples) -> list[int]:
+    """How many examples have each class, or label; nothing of numbers."""
+    if examples.task == "regression":
+        return []
+    if examples.task == "multilabel":
+        return examples.labels.astype(np.int64).sum(axis=0).tolist()
+    return np.bincount(examples.labels, minlength=len(examples.classes)).tolist()
 
 
 def duplicates(train: Examples, held_out: Examples, *, pixels: bool = False) -> tuple[Duplicate, ...]:

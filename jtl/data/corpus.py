@@ -220,7 +220,9 @@ def _check(tokenizer: Any, settings: dict[str, Any]) -> None:
 def _described(tokenizer: Any) -> dict[str, Any]:
     """All that decides what a tokenizer gives. How it last cut and padded is a part of its state, and is not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {"state": {**state, "truncation": None, "padding": None}, "eos": tokenizer.eos_token_id}
+    # transformers passes these two on with every call, and keeps them out of the state.
+    sides = {name: getattr(tokenizer, name, None) for name in ("truncation_side", "split_special_tokens")}
+    return {"state": {**state, "truncation": None, "padding": None}, "eos": tokenizer.eos_token_id, **sides}
 
 
 def _digests(source: Source, text: str) -> list[list[str]]:

@@ -30,7 +30,8 @@ class Examples(NamedTuple):
     Attributes:
       columns: inputs by name, each a list or an array of N entries: `{"text": [...]}`.
       labels: int32 `[N]`, indices into `classes`; or, of examples with any number of labels, float32
-        `[N, len(classes)]`, each 0 or 1; or, where there are no classes, numbers to predict, float32 `[N]`.
+        `[N, len(classes)]`, each 0 or 1; or, where there are no classes, numbers to predict, float64 `[N]`, so that
+        numbers that differ little beside their size still do when their mean is taken from them.
       classes: the class names.
       groups: str `[N]`, what must not be in two parts of a split (a film, a patient); or None.
       name: what reports call this data set.
@@ -175,21 +176,28 @@ def per_class(examples: Examples, count: int, *, seed: int) -> Examples:
     return take(examples, np.sort(np.concatenate(kept)))
 
 
-def check(examples: Examples) -> Examples:
+def check(examples: Examples, *, held_out: bool = False) -> Examples:
     """Refuse examples that nothing can be learnt from.
+
+    Args:
+      examples: N examples.
+      held_out: whether they are only evaluated, for which a single class or number will do.
 
     Returns:
       `examples`, unchanged.
 
     Raises:
       DataError: no examples, columns of different lengths, labels of another form than `Examples` says or out of
-        range, fewer than two classes present, no label that differs between examples, or only one number.
+        range; or, unless `held_out`, fewer than two classes present, no label that differs between examples, or only
+        one number.
     """
     if not examples.size:
         raise errors.DataError(f"{examples.name}: the data set is empty; expected at least one example of two classes")
     {"classification": _check_classes, "multilabel": _check_several, "regression": _check_numbers}[examples.task](
         examples
     )
+    if not held_out:
+        _check_varied(examples)
     return examples
 
 
@@ -204,12 +212,6 @@ def _check_classes(examples: Examples) -> None:
             f"{name}: example {bad[0]} has label {labels[bad[0]]}; expected 0 to {len(classes) - 1} "
             f"for the classes {', '.join(classes)}"
         )
-    present = np.unique(labels)
-    if present.size < 2:
-        raise errors.DataError(
-            f"{name}: all {examples.size} examples are of the class {classes[present[0]]!r}; "
-            "expected at least two classes"
-        )
 
 
 def _check_several(examples: Examples) -> None:
@@ -218,8 +220,6 @@ def _check_several(examples: Examples) -> None:
     if labels.shape != expected or not ((labels == 0) | (labels == 1)).all():
         raise errors.DataError(f"{name}: labels are {labels.dtype} {labels.shape}; expected 0 and 1 {expected}")
     _check_lengths(examples)
-    if (labels == labels[:1]).all():
-        raise errors.DataError(f"{name}: all {examples.size} examples have the same labels; expected some that differ")
 
 
 def _check_numbers(examples: Examples) -> None:
@@ -227,11 +227,23 @@ def _check_numbers(examples: Examples) -> None:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.floating):
         raise errors.DataError(f"{name}: labels are {labels.dtype} {labels.shape}; expected floats [N], or classes")
     _check_lengths(examples)
-    bad = np.flatnonzero(~np.isfinite(labels))
+    bad = np.flatnonzero(~(np.abs(labels) <= np.finfo(np.float32).max))  # so is NaN
     if bad.size:
-        raise errors.DataError(f"{name}: example {bad[0]} has the label {labels[bad[0]]}; expected a number")
-    if (labels == labels[0]).all():
-        raise errors.DataError(f"{name}: all {examples.size} examples have the label {labels[0]:g}; expected several")
+        raise errors.DataError(
+            f"{name}: example {bad[0]} has the label {labels[bad[0]]}; expected a number within float32"
+        )
+
+
+def _check_varied(examples: Examples) -> None:
+    labels = examples.labels
+    if (labels != labels[:1]).any():
+        return
+    found, expected = {
+        "classification": lambda: (f"are of the class {examples.classes[labels[0]]!r}", "at least two classes"),
+        "multilabel": lambda: ("have the same labels", "some that differ"),
+        "regression": lambda: (f"have the label {labels[0]:g}", "several"),
+    }[examples.task]()
+    raise errors.DataError(f"{examples.name}: all {examples.size} examples {found}; expected {expected}")
 
 
 def _check_lengths(examples: Examples) -> None:

@@ -31,7 +31,9 @@ class _Place(NamedTuple):
     info: zipfile.ZipInfo
 
 
-def read(path: Path, *, classes: tuple[str, ...] | None = None, skip_bad: bool = False) -> Examples:
+def read(
+    path: Path, *, classes: tuple[str, ...] | None = None, skip_bad: bool = False, held_out: bool = False
+) -> Examples:
     """Read `path/<class>/<file>`: `.txt` files, or pictures, each decoded once to be sure that it can be.
 
     Hidden files are ignored. Classes are the sub-folders' names, sorted, unless declared. In a zip archive,
@@ -41,6 +43,7 @@ def read(path: Path, *, classes: tuple[str, ...] | None = None, skip_bad: bool =
       path: the folder, or a `.zip` file.
       classes: the class names in order.
       skip_bad: leave unreadable files out, and list them in `skipped`, where one would raise.
+      held_out: whether they are only evaluated, for which one class will do.
 
     Returns:
       Examples with `columns={"text": [...]}`, or `{"image": [...]}` for `load_image`: paths, or the
@@ -49,7 +52,8 @@ def read(path: Path, *, classes: tuple[str, ...] | None = None, skip_bad: bool =
     Raises:
       DataError: files that are not in a class folder, a folder inside a class folder, an empty class folder,
         texts mixed with pictures, an undeclared class, a file that cannot be read (unless `skip_bad`),
-        a single class; or an archive that is damaged, encrypted, or holds names or sizes that are not safe.
+        a single class (unless `held_out`); or an archive that is damaged, encrypted, or holds names or sizes that are
+        not safe.
     """
     files = _files_by_class(path, classes) if path.is_dir() else _members_by_class(path, classes)
     names = classes or tuple(files)
@@ -64,7 +68,8 @@ def read(path: Path, *, classes: tuple[str, ...] | None = None, skip_bad: bool =
                 if not skip_bad:
                     raise
                 skipped.append(Skipped(str(file), None, str(error)))
-    return check(Examples({column: values}, np.array(labels, np.int32), names, None, path.name, tuple(skipped)))
+    found = Examples({column: values}, np.array(labels, np.int32), names, None, path.name, tuple(skipped))
+    return check(found, held_out=held_out)
 
 
 def _files_by_class(path: Path, classes: tuple[str, ...] | None) -> dict[str, list[Path]]:
@@ -200,7 +205,7 @@ def _reader(path: Path, files: Sequence[Any]) -> tuple[str, Callable[[Any], Any]
 def _read_text(file: Path | Member) -> str:
     _check_suffix(file, TEXT_SUFFIXES)
     text = file.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    problem = tables.encoding_problem(text) or ("" if text.strip() else "the file is empty; expected text")
+    problem = tables.encoding_problem(text) or tables.blank_problem("the file", text)
     if problem:
         raise errors.DataError(f"{file}: {problem}")
     return text

@@ -41,7 +41,8 @@ def batches(
     - each array column `[B, ...]`, each ragged column int32 `[B, L]`, L a bucket's length;
     - `attention_mask` int32 `[B, L]`, 1 on tokens, where there is a ragged column;
     - `label` int32 `[B]`, where there are labels; targets of another kind are a column of this name, such as a tag
-      for each token, ragged like the tokens, numbers `[N, ...]`, or begin and end of a span `[N, 2]`;
+      for each token, ragged like the tokens, numbers `[N, ...]` (of float64, float32 is made), or begin and end of a
+      span `[N, 2]`;
     - `weight` float32 `[B]`: 1, or 0 on the rows that only fill up the last batch (copies of a real row).
 
     With a seed, each epoch has its own order of rows and of batches, a function of seed and epoch alone.
@@ -87,7 +88,17 @@ def batches(
         _check_classes(labels, seed)
     layout = plans.layout(rows, lengths, batch_size=batch_size, buckets=buckets, remainder=remainder, shards=shard[1])
     layout = layout._replace(classes=labels.astype(np.int64) if balance and labels is not None else None)
-    run = Batches(dict(columns), labels, layout, seed, epochs, shard[0], start, prefetch, transform)
+    run = Batches(
+        {name: _single(name, column) for name, column in columns.items()},
+        labels,
+        layout,
+        seed,
+        epochs,
+        shard[0],
+        start,
+        prefetch,
+        transform,
+    )
     _check_settings(run, shard)
     return run
 
@@ -135,10 +146,20 @@ class Batches:
             rows = np.arange(start, min(start + self.layout.batch_size, self.rows))
             yield rows, self.alone(rows)
 
-    def alone(self, rows: np.ndarray) -> Batch:
-        """A batch of these rows at the largest length, filled up with copies of weight 0; at most a batch's size."""
+    def alone(self, rows: np.ndarray, length: int | None = None) -> Batch:
+        """A batch of these rows, filled up with copies of weight 0; at most a batch's size.
+
+        Args:
+          rows: their numbers.
+          length: that they are padded to; by default the largest of the run.
+        """
         filled = dataclasses.replace(self, layout=self.layout._replace(remainder="pad", shards=1), shard=0)
-        return filled.assemble(plans.Batch(max(self.layout.buckets), rows))
+        return filled.assemble(plans.Batch(max(self.layout.buckets) if length is None else length, rows))
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """int64 `[N]`, the length of each row; None where rows need no padding."""
+        return _lengths(self.columns)
 
     def _prefetched(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
         try:
@@ -240,6 +261,13 @@ def _gather(columns: Mapping[str, Column], rows: np.ndarray, length: int) -> Bat
         batch[name] = np.where(mask, tokens, np.int32(column.pad))
         batch["attention_mask"] = mask.astype(np.int32)
     return batch
+
+
+def _single(name: str, column: Column) -> Column:
+    """Targets as models take them: examples keep numbers in float64 until they have been centred."""
+    if name == "label" and isinstance(column, np.ndarray) and column.dtype == np.float64:
+        return column.astype(np.float32)
+    return column
 
 
 def _rows(column: Column) -> int:

@@ -24,6 +24,7 @@ def read(
     task: Task = "classification",
     separator: str = ",",
     skip_bad: bool = False,
+    held_out: bool = False,
 ) -> Examples:
     """Read labelled examples, refusing whatever is malformed by file and row.
 
@@ -42,6 +43,8 @@ def read(
         between them, or in a list, and of which a row may have none; "regression" for a number.
       separator: between the labels of a row.
       skip_bad: leave bad rows out, and list them in `skipped`, where a bad row would raise.
+      held_out: whether examples are only evaluated, with the `classes` of those that are trained on: they may all be of
+        one class then.
 
     Returns:
       Examples with `columns={"text": [...]}`, or `{"text": [...], "second": [...]}`, or `{"image": [...]}` paths for a
@@ -51,7 +54,7 @@ def read(
       SourceNotFoundError: there is no such file or folder.
       ConfigError: the file is of another kind, or `classes` holds a name twice.
       DataError: a malformed row (unless `skip_bad`), a missing or repeated column, no usable rows, or a
-        single class.
+        single class (unless `held_out`).
     """
     path = Path(path)
     if not path.exists():
@@ -68,12 +71,15 @@ def read(
                 raise errors.ConfigError(f"{path}: a folder of classes has no column {given!r} {what}; leave it out")
         if task != "classification":
             raise errors.ConfigError(f"{path}: a folder has one class for each file; task={task!r} needs a table")
-        return folders.read(path, classes=declared, skip_bad=skip_bad)
+        return folders.read(path, classes=declared, skip_bad=skip_bad, held_out=held_out)
     columns = {"text": text} | ({} if second is None else {"second": second})
     wanted = [*columns.values(), label] if group is None else [*columns.values(), label, group]
     problem = _check_row(list(columns.values()), label, group, aim, declared)
     kept, skipped = _sort_out(path, tables.rows(path, wanted), problem, skip_bad)
-    labels, names = aim.labels([row[label] for row in kept], declared)
+    try:
+        labels, names = aim.labels([row[label] for row in kept], declared)
+    except errors.DataError as error:
+        raise errors.DataError(f"{path}: {error}") from error
     return check(
         Examples(
             columns={name: [row[column] for row in kept] for name, column in columns.items()},
@@ -82,14 +88,17 @@ def read(
             groups=None if group is None else np.array([key(row[group]) for row in kept]),
             name=path.name,
             skipped=tuple(skipped),
-        )
+        ),
+        held_out=held_out,
     )
 
 
 def _declared(classes: Sequence[str] | None) -> tuple[str, ...] | None:
     if classes is None:
         return None
-    names = tuple(str(name) for name in classes)
+    names = tuple(key(name) for name in classes)  # as labels are read
+    if "" in names:
+        raise errors.ConfigError(f"classes {names}: a name is empty; expected names")
     if len(set(names)) != len(names):
         raise errors.ConfigError(f"classes {names}: a name is there twice; expected distinct names")
     return names

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -86,7 +87,20 @@ def text_problem(name: str, value: Any) -> str:
     """What keeps a field from being a text to learn from, or ""."""
     if not isinstance(value, str):
         return f"{name!r} is {value!r} ({type(value).__name__}); expected a string"
-    return encoding_problem(value) or ("" if value.strip() else f"{name!r} is empty; expected text")
+    return encoding_problem(value) or blank_problem(repr(name), value)
+
+
+def blank_problem(what: str, text: str) -> str:
+    r"""What is wrong with a text in which nothing can be seen, or "".
+
+    A tokenizer makes no token of white space, control and format characters, such as a space without width.
+
+    >>> blank_problem("the file", "\u200b")
+    "the file is '\\u200b', without a visible character; expected text"
+    """
+    if any(unicodedata.category(letter) not in _UNSEEN for letter in text):  # ends at the first that can be seen
+        return ""
+    return f"{what} is {f'{text!r:.40}, without a visible character' if text.strip() else 'empty'}; expected text"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -98,6 +112,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
+
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Categories of characters that do not show; those that this Python does not know, or of private use, may well do."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -188,6 +205,9 @@ def _delimited(delimiter: str) -> Callable[[Path, Sequence[str]], Iterator[Row]]
                 raise errors.DataError(f"{path}, row {number} (the header): {problem}")
             if not "".join(header).strip():
                 raise _empty(path, columns)
+            problem = next(filter(None, map(encoding_problem, header)), "")
+            if problem:
+                raise errors.DataError(f"{path}, row {number} (the header): {problem}")
             _check_header(path, header, columns)
             for record in records:
                 yield _row(record, header)

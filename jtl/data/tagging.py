@@ -93,7 +93,8 @@ def encode_words(
       max_length: the most tokens of a sentence, special ones included; what is longer is cut, and counted.
 
     Raises:
-      ConfigError: the tokenizer is not a fast one or cuts on the left, or `max_length` leaves no room.
+      ConfigError: the tokenizer is not a fast one or cuts on the left, `max_length` leaves no room, or a class is
+        there twice.
       DataError: no sentences, one without words, other numbers of tags than words, a tag that is not among the
         classes, or a word of which the tokenizer makes no token; each by sentence and word.
 
@@ -267,19 +268,21 @@ def _check_sentences(sentences: Sequence[Sequence[str]]) -> None:
                 raise errors.DataError(f"word {at} of sentence {row} is {word!r}; expected a string that is not empty")
 
 
-def _labels(
-    sentences: Sequence[Sequence[str]], tags: Sequence[Sequence[str | int]], classes: Sequence[str]
-) -> np.ndarray:
+def _labels(sentences: Sequence[Sequence[str]], tags: Sequence[Any], classes: Sequence[str]) -> np.ndarray:
     """The classes of all words, end to end."""
     if len(tags) != len(sentences):
         raise errors.DataError(f"{len(tags)} rows of tags for {len(sentences)} sentences; expected as many")
     index = {name: i for i, name in enumerate(classes)}
+    if len(index) != len(classes):
+        raise errors.ConfigError(f"classes {', '.join(classes)}: a name is there twice; expected distinct names")
     found = []
     for row, (words, given) in enumerate(zip(sentences, tags, strict=True)):
+        if isinstance(given, str) or not hasattr(given, "__len__"):
+            raise errors.DataError(f"the tags of sentence {row} are {given!r}; expected a list, a tag for each word")
         if len(words) != len(given):
             raise errors.DataError(f"sentence {row} has {len(words)} words and {len(given)} tags; expected as many")
         for at, tag in enumerate(given):
-            label = index.get(tag, -1) if isinstance(tag, str) else int(tag)
+            label = index.get(tag, -1) if isinstance(tag, str) else _index(tag)
             if not 0 <= label < len(classes):
                 hint = tables.nearest(tag, classes) if isinstance(tag, str) else f", or 0 to {len(classes) - 1}"
                 raise errors.DataError(
@@ -288,6 +291,11 @@ def _labels(
                 )
             found.append(label)
     return np.array(found, np.int32)
+
+
+def _index(tag: Any) -> int:
+    """A tag that is an index, or -1: 1.7, True or NaN are none, though `int` would take some of them."""
+    return int(tag) if isinstance(tag, (int, np.integer)) and not isinstance(tag, bool) else -1
 
 
 def _spaced(tokenizer: Any) -> bool:

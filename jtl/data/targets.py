@@ -71,6 +71,8 @@ def class_names(labels: Iterable[str]) -> tuple[str, ...]:
 
 def _class_problem(column: str, value: Any, classes: tuple[str, ...] | None) -> str:
     problem = key_problem(column, value)
+    if problem and isinstance(value, float):
+        return f"{problem}; to predict numbers, {_REGRESSION}"
     return problem or _undeclared(key(value), classes)
 
 
@@ -84,8 +86,22 @@ def _undeclared(name: str, classes: tuple[str, ...] | None) -> str:
 def _classes(values: Sequence[Any], declared: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     names = [key(value) for value in values]
     classes = declared or class_names(names)
+    if declared is None:
+        _check_no_numbers(names, classes)
     index = {name: i for i, name in enumerate(classes)}
     return np.array([index[name] for name in names], np.int32), classes
+
+
+def _check_no_numbers(names: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuse what is measured: numbers, not all whole ones, of which most occur once."""
+    if len(classes) < 20 or 2 * len(classes) < len(names) or not all(_DECIMAL.fullmatch(name) for name in classes):
+        return
+    broken = next((name for name in names if not re.fullmatch(r"[+-]?[0-9]+", name)), None)
+    if broken is not None:
+        raise errors.DataError(
+            f"the labels are {len(classes)} different numbers in {len(names)} rows, such as {broken}: to predict "
+            f"numbers, {_REGRESSION}; if they are names, declare them as classes"
+        )
 
 
 def _several(separator: str) -> Target:
@@ -116,18 +132,34 @@ def _several(separator: str) -> Target:
     return Target(problem, labels)
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""The largest number that float32 has, in which models compute."""
+
+
+_REGRESSION = "say task='regression' (--task regression)"
+
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""A number as tables have it; Python would also read 1_0, and digits of other scripts."""
+
+
 def _number_problem(column: str, value: Any, classes: tuple[str, ...] | None) -> str:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, (bool, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    return "" if math.isfinite(number) else f"{column!r} is {value!r} ({type(value).__name__}); expected a number"
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value.strip()):
+        number = math.nan
+    if not math.isfinite(number):
+        return f"{column!r} is {value!r} ({type(value).__name__}); expected a number"
+    if abs(number) > _LARGEST:
+        return f"{column!r} is {value!r}; expected a number of at most {_LARGEST:.2g}, as float32 has them"
+    return ""
 
 
 def _numbers(values: Sequence[Any], declared: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     if declared:
         raise errors.ConfigError(f"classes {', '.join(declared)} were declared, but the labels are numbers")
-    return np.array([float(value) for value in values], np.float32), ()
+    return np.array([float(value) for value in values], np.float64), ()
 
 
 _CLASS, _NUMBER = Target(_class_problem, _classes), Target(_number_problem, _numbers)

@@ -29,6 +29,7 @@ def load(
     group: str | None = None,
     image: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    held_out: bool = False,
 ) -> Examples:
     """Load a split of a prepared TFDS data set.
 
@@ -43,6 +44,7 @@ def load(
       image: the feature of pictures, when these are the inputs, not texts. They stay on disk until
         `load_image` wants them.
       data_dir: where the data is prepared; by default where TFDS does.
+      held_out: whether examples are only evaluated, for which one class will do.
 
     Returns:
       Examples with `columns={"text": [...]}`, and perhaps "second", or `{"image": [...]}` of what `load_image` takes;
@@ -51,7 +53,8 @@ def load(
     Raises:
       SourceNotFoundError: no data set has this name, or it is not prepared.
       ConfigError: a name or split that TFDS cannot read, or a community data set.
-      DataError: it was prepared as tfrecord, lacks a feature, has pictures of floats, or has no two classes.
+      DataError: it was prepared as tfrecord, lacks a feature, has pictures of floats, or has no two classes
+        (unless `held_out`).
       MissingExtraError: tensorflow-datasets is not installed.
     """
     builder = _builder(name, data_dir)
@@ -72,7 +75,7 @@ def load(
         columns["second"] = _strings(name, second, (row[second] for row in rows))
     groups = None if group is None else np.array(_strings(name, group, (row[group] for row in rows)))
     labels, classes = _labels(builder.info.features[label], [int(row[label]) for row in rows])
-    return check(Examples(columns, labels, classes, groups, f"{name}:{split}"))
+    return check(Examples(columns, labels, classes, groups, f"{name}:{split}"), held_out=held_out)
 
 
 class Texts(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def run(settings: Finetune, console: Console) -> training.Outcome:
         console.print(line, markup=False, soft_wrap=True)
     _print(way.strategy.name, done.outcome, given.held_out, console)
     if settings.out is not None:
-        notes = {"settings": _plain(settings), "outcome": done.outcome._asdict(), "source": given.source.name}
+        # JSON has no NaN: of a single number to evaluate on there is no correlation.
+        scores = {name: value if math.isfinite(value) else None for name, value in done.outcome.scores.items()}
+        outcome = {**done.outcome._asdict(), "scores": scores}
+        notes = {"settings": _plain(settings), "outcome": outcome, "source": given.source.name}
         whole = given.goal.told(way.plain(jtl.variables(done.state, done.frozen)))
         names = {"classes": given.train.classes, "tokenizer": given.tokenizer}
         with added_to(settings.out, last=OWN) as draft:

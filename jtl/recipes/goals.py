@@ -36,6 +36,16 @@ class Goal(NamedTuple):
         labels = (examples.labels.astype(np.float64) - self.centre) / self.scale
         return examples._replace(labels=labels.astype(np.float32))
 
+    def rounded(self) -> str:
+        """What a user should know of numbers that hardly differ beside their size, or ""."""
+        step = float(np.spacing(np.float32(abs(self.centre))))
+        if self.scale > 16 * step:
+            return ""
+        return (
+            f"numbers about {self.centre:g} that vary by {self.scale:g} are learnt and scored as they are, but a saved "
+            f"model tells them in float32, in steps of {step:g}: take a constant from the labels"
+        )
+
     def told(self, variables: Variables) -> dict[str, Any]:
         """The variables of the model that tells the numbers themselves: its head undoes what `learnt` did."""
         if self.centre == 0 and self.scale == 1:

@@ -77,8 +77,9 @@ def run(settings: Sweep, console: Console) -> Comparison:
 def _check(settings: Sweep) -> None:
     if min(settings.epochs, settings.seeds) < 1 or not settings.minutes > 0 or not settings.strategies:
         raise ConfigError("a sweep needs strategies, and epochs, seeds and minutes above 0")
-    if any(rate <= 0 for rate in settings.rates):
+    if not all(0 < rate < math.inf for rate in settings.rates):
         raise ConfigError(f"rates are multiples above 0, got {settings.rates}")
+    task.check_seed(settings.seed, settings.seeds)
     if "last-blocks" in settings.strategies and not settings.depths:
         raise ConfigError("last-blocks needs depths")
     if settings.out is not None:

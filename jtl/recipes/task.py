@@ -66,21 +66,37 @@ def task(
     Raises:
       JtlError: whatever is wrong with either.
     """
+    check_seed(seed)
     if settings.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {settings.batch_size}")
     train, held_out = _examples(settings, seed, kind, separator)
     _report(train, held_out, console)
     goal = goals.goal(train)
+    if goal.rounded():
+        console.print(goal.rounded(), markup=False, soft_wrap=True)
     with console.status(f"loading {escape(settings.model)}"):
         source = resolve(settings.model, revision=settings.revision)
         modality = _check_modality(source, train, augment)
         model, variables = jtl.load(source.path, goal.head, key=jax.random.split(jax.random.key(seed))[0])
         tokenizer = _tokenizer(source, model.config) if modality == "text" else None
-    if modality == "image":
-        for line in compare(train, held_out).lines():
-            console.print(line, markup=False, soft_wrap=True)
+    for line in _compared(train, held_out):
+        console.print(line, markup=False, soft_wrap=True)
     train, held_out = goal.learnt(train), goal.learnt(held_out)
     return Task(train, held_out, source, modality, model, variables, tokenizer, goal)
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Refuse seeds of which a generator of random numbers would take nothing, or a part.
+
+    Args:
+      seed: the first.
+      count: how many follow each other.
+
+    Raises:
+      ConfigError: one is not in 32 bits.
+    """
+    if not 0 <= seed <= 2**32 - count:
+        raise ConfigError(f"seed must be from 0 to {2**32 - count}, got {seed}")
 
 
 def batches(
@@ -152,10 +168,10 @@ def _waste(run: Batches) -> float:
 
 
 def _examples(settings: Data, seed: int, kind: TaskName, separator: str) -> tuple[Examples, Examples]:
-    whole = _read(settings, settings.data, settings.classes, kind, separator)
+    whole = _read(settings, settings.data, settings.classes, kind, separator, held_out=False)
     share = _share(settings.held_out)
     if share is None:
-        train, held_out = whole, _read(settings, settings.held_out, whole.classes, kind, separator)
+        train, held_out = whole, _read(settings, settings.held_out, whole.classes, kind, separator, held_out=True)
     else:
         train, held_out = examples.split(whole, [1 - share, share], seed=seed)
     if settings.labels_per_class is not None:
@@ -163,17 +179,20 @@ def _examples(settings: Data, seed: int, kind: TaskName, separator: str) -> tupl
     return examples.check(train), held_out
 
 
-def _read(settings: Data, place: str, classes: tuple[str, ...], kind: TaskName, separator: str) -> Examples:
-    columns = {name: getattr(settings, name) for name in ("text", "label", "second", "group")}
+def _read(
+    settings: Data, place: str, classes: tuple[str, ...], kind: TaskName, separator: str, *, held_out: bool
+) -> Examples:
+    how: dict[str, Any] = {name: getattr(settings, name) for name in ("text", "label", "second", "group")}
+    how["held_out"] = held_out
     if not place.startswith("tfds:"):
-        skip = settings.skip_bad
-        return read(place, classes=classes or None, task=kind, separator=separator, skip_bad=skip, **columns)
+        how |= {"task": kind, "separator": separator, "skip_bad": settings.skip_bad}
+        return read(place, classes=classes or None, **how)
     if kind != "classification":
         raise ConfigError(
             f"{place}: TFDS data sets are read with one class for each example; task={kind!r} needs a table"
         )
     name, _, split = place.removeprefix("tfds:").partition(":")
-    found = tfds.load(name, split or "train", **columns)
+    found = tfds.load(name, split or "train", **how)
     if classes and found.classes != classes:
         raise DataError(f"{place} has the classes {found.classes}, expected {classes}")
     return found
@@ -202,6 +221,13 @@ def _tokenizer(source: Source, config: Any) -> Any:
     found = text.tokenizer(source.path)
     text.check_vocabulary(found, config)
     return found
+
+
+def _compared(train: Examples, held_out: Examples) -> list[str]:
+    found = compare(train, held_out)
+    # What was left out of the training file is listed already; parts of one file have it in common.
+    left_out = {} if held_out.skipped is train.skipped else {held_out.name: len(held_out.skipped)}
+    return found._replace(skipped=left_out).lines()
 
 
 def _report(train: Examples, held_out: Examples, console: Console) -> None:

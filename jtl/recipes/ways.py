@@ -89,10 +89,10 @@ def rate(settings: jsettings.Way) -> float:
     """The highest learning rate.
 
     Raises:
-      ConfigError: it is not above 0.
+      ConfigError: it is not above 0, or not finite.
     """
-    if settings.learning_rate is not None and not settings.learning_rate > 0:
-        raise ConfigError(f"learning_rate must be above 0, got {settings.learning_rate}")
+    if settings.learning_rate is not None and not 0 < settings.learning_rate < math.inf:
+        raise ConfigError(f"learning_rate must be a number above 0, got {settings.learning_rate}")
     return settings.learning_rate or _RATES.get(settings.strategy, 1e-4)
 
 

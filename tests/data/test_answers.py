@@ -168,6 +168,8 @@ def test_no_answer_where_the_first_token_is_better_by_a_threshold(tokenizer):
         ("", ["dog"], 0, 0),
         ("theatre", ["atre"], 0, 0),  # an article is a word
         ("U.S.", ["us"], 1, 1),
+        ("", ["the", "Paris"], 0, 0),  # of "the" nothing is left
+        ("", ["the", "..."], 1, 1),
     ],
 )
 def test_scores_are_those_of_squad(answer, true, exact, f1):
@@ -189,12 +191,15 @@ def test_scores_are_those_of_squad(answer, true, exact, f1):
         (["a"], ["b c"], [(1, "c")], "answer 0 is 'c' at character 1, where the context has ' '"),
         (["a"], ["b c"], [(-1, "c")], "answer 0 is 'c' at character -1"),
         (["a"], ["b c"], [(0, "")], "answer 0 is ''"),
+        (["a"], ["b c"], [{"text": ["c"], "answer_start": [2]}], r"answer 0 is {.*; expected .*; of a record of SQuAD"),
+        (["a"], ["b c"], [(2.0, "c")], r"answer 0 is \(2.0, 'c'\); expected its first character, an integer"),
+        (["a"], ["b c"], ["c"], "answer 0 is 'c'; expected"),
         (["a", "a b c d e a b"], ["b", "b"], None, "question 1 has 7 tokens, which leaves 2 for its context.*stride=2"),
     ],
 )
 def test_bad_rows_are_named(tokenizer, questions, contexts, given, message):
     with pytest.raises(errors.DataError, match=message):
-        answers.windows(tokenizer, questions, contexts, given, max_length=12, stride=2)
+        inspect.unwrap(answers.windows)(tokenizer, questions, contexts, given, max_length=12, stride=2)
 
 
 def test_sizes_that_cannot_work_are_refused(tokenizer):

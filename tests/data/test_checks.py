@@ -100,11 +100,19 @@ def test_parts_that_do_not_match_are_refused():
         duplicates(texts(["a"], [0]), texts(["a"], [0])._replace(columns={"image": ["a"]}))
 
 
+def test_a_class_without_any_example_is_named():
+    report = compare(texts(["a"], [0], ("x", "y", "z")), texts(["b"], [0], ("x", "y", "z")))
+    assert report.unused == ("y", "z")
+    assert report.lines()[2:] == ["without any example, so not learnt: y, z"]
+
+
 def test_labels_of_other_kinds_are_named_and_not_counted():
     several = Examples({"text": ["a"]}, np.array([[1, 0, 1]], np.float32), ("x", "y", "z"), None, "several")
     numbers = Examples({"text": ["a"]}, np.array([2.5], np.float32), (), None, "numbers")
     assert duplicates(several, several)[0].labels == ("x, z", "x, z")
     assert duplicates(numbers, numbers)[0].labels == ("2.5", "2.5")
-    for examples in (several, numbers):
-        with pytest.raises(errors.DataError, match="have not one each"):
-            compare(examples, examples)
+    report = compare(several, several._replace(labels=np.array([[0, 1, 1]], np.float32)))
+    assert (report.counts, report.untrained, report.missing, len(report.duplicates)) == ({}, ("y",), ("x",), 1)
+    assert compare(numbers, numbers).lines()[1:] == ["  a is a"]
+    with pytest.raises(errors.DataError, match="several is for multilabel, texts for classification"):
+        compare(several, texts(["a"], [0], several.classes))

@@ -99,6 +99,7 @@ BAD = [
     ("a.jsonl", '{"text": "a"}\n{"text": \n', "row 2: not JSON"),
     ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', "row 2: 'text' is 3"),
     ("a.csv", "text\na\n \n", "row 3: 'text' is empty"),
+    ("a.csv", "text\na\n\u200b\n", "row 3: 'text' is "),
     ("a.csv", "text\na\nb,c\n", "row 3: 2 fields; expected 1"),
     ("a.txt", b"a\n\n\xff\n", "row 3: byte 0xFF is not UTF-8"),
 ]
@@ -127,7 +128,7 @@ def test_a_bad_row_is_named_or_left_out(tmp_path, tokenizer, name, content, mess
         ("a.txt", "", errors.DataError, "the file is empty"),
         ("a.csv", "body\na\n", errors.DataError, "no column 'text'"),
         ("a.csv", "text\n", errors.DataError, "no texts to tokenise"),
-        ("a.txt", "\u200b\n", errors.DataError, "row 1: the tokenizer makes no token of '.u200b'"),
+        ("a.txt", "\u0301\n", errors.DataError, "row 1: the tokenizer makes no token of"),
         ("a.docx", "a", errors.ConfigError, "a.docx: files of this kind are not read"),
     ],
 )
@@ -185,7 +186,11 @@ def test_whatever_decides_the_tokens_decides_the_key(tmp_path, tokenizer):
     path, out = write(tmp_path / "a.txt"), tmp_path / "out"
     other = wordpiece()
     other.add_tokens(["zz"])
+    left, split = wordpiece(), wordpiece()
+    left.truncation_side, split.split_special_tokens = "left", True
     folders = [
+        corpus.tokenised(path, left, out).folder,
+        corpus.tokenised(path, split, out).folder,
         corpus.tokenised(path, tokenizer, out).folder,
         corpus.tokenised(path, other, out).folder,
         corpus.tokenised(path, tokenizer, out, max_length=5).folder,

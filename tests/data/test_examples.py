@@ -142,12 +142,25 @@ def test_check_returns_good_examples():
         (make([0, 1])._replace(labels=np.ones((2, 3))), "all 2 examples have the same labels"),
         (make([0, 1], classes=()), "labels are int32"),
         (make([0, 1], classes=())._replace(labels=np.array([0.5, np.inf])), "example 1 has the label inf"),
+        (make([0, 1], classes=())._replace(labels=np.array([0.5, -1e39])), "label -1e.39; expected .* float32"),
         (make([0, 1], classes=())._replace(labels=np.array([0.5, 0.5])), "all 2 examples have the label 0.5"),
     ],
 )
 def test_check_names_what_is_wrong(examples, message):
     with pytest.raises(errors.DataError, match=message):
         check(examples)
+
+
+@pytest.mark.parametrize(
+    "examples",
+    [
+        make([1, 1]),
+        make([0, 1])._replace(labels=np.ones((2, 3))),
+        make([0, 1], classes=())._replace(labels=np.array([0.5, 0.5])),
+    ],
+)
+def test_what_is_only_evaluated_may_all_be_alike(examples):
+    assert check(examples, held_out=True) is examples
 
 
 def numbers(count):

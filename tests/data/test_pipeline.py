@@ -209,6 +209,13 @@ def test_transform_sees_each_batch():
     assert [batch["n"].tolist() for batch in data] == [[1, 2]]
 
 
+def test_numbers_are_batched_as_models_take_them():
+    """Examples keep them in float64."""
+    data = batches({"x": np.arange(2.0), "label": np.array([0.5, 2.0])}, batch_size=2)
+    (batch,) = data
+    assert (batch["label"].dtype, batch["label"].tolist()) == (np.float32, [0.5, 2.0])
+
+
 def test_without_labels_there_is_no_label():
     assert [batch.keys() for batch in batches({"x": np.ones((2, 3))}, batch_size=2)] == [{"x", "weight"}]
 

@@ -214,6 +214,13 @@ def test_without_nervaluate_the_extra_is_named(monkeypatch):
         ([["a"]], [["B-LOCK"]], "'B-LOCK' of word 0 of sentence 0, 'a', is not a class.*did you mean 'B-LOC'"),
         ([["a"]], [[5]], "the tag 5 of word 0 of sentence 0"),
         ([["a"]], [[-1]], "the tag -1 of word 0"),
+        ([["a", "b"]], [[0, None]], "the tag None of word 1 of sentence 0"),
+        ([["a", "b"]], [[0, ["O"]]], r"the tag \['O'\] of word 1"),
+        ([["a", "b"]], [[0, float("nan")]], "the tag nan of word 1"),
+        ([["a", "b"]], [[0, 1.7]], "the tag 1.7 of word 1"),
+        ([["a", "b"]], [[0, True]], "the tag True of word 1"),
+        ([["a"]], [None], "the tags of sentence 0 are None"),
+        ([["a", "b"]], ["OO"], "the tags of sentence 0 are 'OO'"),
     ],
 )
 def test_bad_sentences_are_refused_by_row_and_word(tokenizer, sentences, tags, message):
@@ -226,6 +233,8 @@ def test_tokenizers_that_cannot_work_are_refused(tokenizer, monkeypatch):
         tagging.encode_words(tokenizer, [["a"]], None, classes=CLASSES, max_length=2)
     with pytest.raises(errors.ConfigError, match="no fast"):
         tagging.encode_words(object(), [["a"]], None, classes=CLASSES, max_length=8)
+    with pytest.raises(errors.ConfigError, match="classes O, O: a name is there twice"):
+        tagging.encode_words(tokenizer, [["a"]], [["O"]], classes=("O", "O"), max_length=8)
     monkeypatch.setattr(tokenizer, "truncation_side", "left")
     with pytest.raises(errors.ConfigError, match="cuts on the left"):
         tagging.encode_words(tokenizer, [["a"]], None, classes=CLASSES, max_length=8)

@@ -12,7 +12,7 @@ from rich.console import Console
 import jtl
 from jtl import cli, errors
 from jtl.data import Examples
-from jtl.recipes import finetune, training
+from jtl.recipes import finetune, task, training
 from jtl.recipes.settings import Finetune
 from jtl.recipes.texts import text_batches
 
@@ -41,8 +41,8 @@ def jsonl(folder):
     return path
 
 
-def texts(folder):
-    for i, (text, label) in enumerate(ROWS):
+def texts(folder, rows=ROWS):
+    for i, (text, label) in enumerate(rows):
         (folder / "texts" / label).mkdir(parents=True, exist_ok=True)
         (folder / "texts" / label / f"{i}.txt").write_text(text)
     return folder / "texts"
@@ -56,6 +56,20 @@ def pictures(folder):
         for i in range(6):
             Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / "pictures" / name / f"{i}.png")
     return folder / "pictures"
+
+
+def test_what_both_parts_have_and_what_one_lacks_is_printed(model, tmp_path):
+    """And one class is enough to evaluate on, for a table and a folder."""
+    train, console = csv(tmp_path, [*ROWS, ("odd film", "odd")]), Console(record=True, width=300)
+    for held_out in (csv(tmp_path, [("good film good", "pos")], "other.csv"), texts(tmp_path, ROWS[:16])):
+        classes = ("neg", "none", "odd", "pos")
+        given = Finetune(data=str(train), held_out=str(held_out), model=str(model), classes=classes)
+        task.task(given, 0, console)
+        printed = console.export_text()
+        assert "without a held-out example, so not evaluated: neg, odd" in printed
+        assert "without any example, so not learnt: none" in printed
+        assert "held-out examples are in the training data, which flatters the scores" in printed
+        assert "good film good is good film good" in printed
 
 
 # Training
@@ -266,7 +280,16 @@ def test_a_held_out_file_that_is_missing_or_has_other_labels(refused, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--epochs", "0"), ("--batch-size", "0"), ("--learning-rate", "0"), ("--blocks", "2"), ("--spike", "0")],
+    [
+        ("--epochs", "0"),
+        ("--batch-size", "0"),
+        ("--learning-rate", "0"),
+        ("--learning-rate", "inf"),
+        ("--blocks", "2"),
+        ("--spike", "0"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+    ],
 )
 def test_numbers_that_cannot_work(refused, tmp_path, flags):
     assert flags[1] in refused(csv(tmp_path), *flags)

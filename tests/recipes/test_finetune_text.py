@@ -43,7 +43,7 @@ def outputs(folder, texts, second=None):
 
 
 def run(data, model, out, console=None, **settings):
-    given = Finetune(data=data, held_out=data, model=str(model), out=out, **{**SIZES, **settings})
+    given = Finetune(**{"data": data, "held_out": data, "model": str(model), "out": out, **SIZES, **settings})
     return finetune.run(given, console or Console(quiet=True)).scores
 
 
@@ -101,6 +101,28 @@ def test_a_head_undoes_what_was_done_to_the_numbers():
     assert told["other"] is other
 
 
+def test_numbers_are_centred_before_they_are_rounded(tmp_path):
+    """Beside 1e9, float32 knows no difference below 64."""
+    labels = np.array([1e9, 1e9 + 1, 1e9 + 2])
+    train = jtl.data.read(parquet(tmp_path, text=["a", "b", "c"], label=labels), task="regression")
+    learnt = goals.goal(train).learnt(train).labels
+    assert learnt.dtype == np.float32
+    assert learnt == pytest.approx((labels - 1e9 - 1) / np.sqrt(2 / 3))
+    assert "in float32, in steps of 64" in goals.goal(train).rounded()
+    assert not goals.goal(train._replace(labels=labels - 1e9)).rounded()
+
+
+def test_of_one_number_there_is_no_correlation_and_json_has_none(model, tmp_path):
+    parts = []
+    for name, count in (("train", 36), ("held out", 1)):
+        (tmp_path / name).mkdir()
+        parts.append(parquet(tmp_path / name, text=TEXTS[:count], label=list(map(float, range(count)))))
+    scores = run(parts[0], model, tmp_path / "out", task="regression", held_out=parts[1], epochs=1)
+    written = json.loads((tmp_path / "out" / "jtl.json").read_text(), parse_constant=pytest.fail)
+    assert written["notes"]["outcome"]["scores"]["correlation"] is None
+    assert np.isnan(scores["correlation"])
+
+
 # Refusals
 
 
@@ -133,9 +155,9 @@ def test_a_text_that_the_tokenizer_makes_nothing_of(refused, tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("text,label\n" + "good,1\nbad,2\n" * 4)
     other = tmp_path / "other.csv"
-    other.write_text("text,label\ngood,1\n\u200b\u200b,2\n")
+    other.write_text("text,label\ngood,1\n\ufffd,2\n")
     message = refused(path, "--held-out", str(other), "--model", str(_cleaning(tmp_path)))
-    assert "text 1 is '\\u200b\\u200b', of which the tokenizer makes no token" in message
+    assert "text 1 is '\ufffd', of which the tokenizer makes no token" in message
 
 
 def _cleaning(folder):
