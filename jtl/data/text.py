@@ -11,9 +11,6 @@ import numpy as np
 
 from jtl import errors
 
-_SPECIAL = {"pad": "padding", "bos": "the begin", "eos": "the end", "cls": "[CLS]", "sep": "[SEP]"}
-"""What special tokens are called, by what transformers calls them."""
-
 CHUNK = 4096
 """Texts encoded at a time: a tokenizer's own objects take some hundred bytes a token, the arrays four."""
 
@@ -169,11 +166,10 @@ def check_vocabulary(tokenizer: Any, config: Any) -> None:
 
     Args:
       tokenizer: of Hugging Face.
-      config: of the model, with `vocab_size` and perhaps `pad_token_id`, `bos_token_id` and so on.
+      config: of the model, with `vocab_size` and perhaps `pad_token_id`.
 
     Raises:
-      ConfigError: a token has no row in the model's table, or the two mean different tokens by padding; or, where the
-        table has more rows than there are tokens, by another special one.
+      ConfigError: a token has no row in the model's table, or the two mean different tokens by padding.
     """
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if last >= config.vocab_size:
@@ -181,19 +177,12 @@ def check_vocabulary(tokenizer: Any, config: Any) -> None:
             f"the tokenizer's token {token!r} has the id {last}, and the model knows 0 to {config.vocab_size - 1}: "
             "the tokenizer is not the one that the model was trained with, or tokens were added to it"
         )
-    # Of tables of the same size, the special tokens may have been exchanged since the model's settings were written.
-    for name in _SPECIAL if last < config.vocab_size - 1 else ("pad",):
-        ours = getattr(config, f"{name}_token_id", None)
-        known = [one for one in (ours if isinstance(ours, tuple) else (ours,)) if one is not None]
-        if not known or (name != "pad" and max(known) >= config.vocab_size):  # left over from another model
-            continue
-        theirs = getattr(tokenizer, f"{name}_token_id")
-        if theirs is not None and theirs not in known:
-            raise errors.ConfigError(
-                f"{_SPECIAL[name]} is {theirs} ({getattr(tokenizer, f'{name}_token')!r}) to the tokenizer and "
-                f"{', '.join(map(str, known))} to the model: the tokenizer is not the one that the model was trained "
-                "with"
-            )
+    theirs, ours = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise errors.ConfigError(
+            f"padding is {theirs} ({tokenizer.pad_token!r}) to the tokenizer and {ours} to the model: "
+            "the tokenizer is not the one that the model was trained with"
+        )
 
 
 def check_tokens(what: str, start: int, texts: Sequence[Any], encodings: Sequence[Any]) -> None:

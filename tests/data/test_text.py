@@ -1,9 +1,7 @@
-import contextlib
 import inspect
 import itertools
 import json
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -107,29 +105,6 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(errors.ConfigError, match="never run"):
         text.tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("more", "ids", "message"),
-    [
-        (0, {"pad": 3}, r"padding is 0 .'\[PAD\]'. to the tokenizer and 3 to the model"),
-        (9, {"pad": 0, "eos": (3, 4)}, r"the end is 2 .'\[SEP\]'. to the tokenizer and 3, 4 to the model"),
-        (9, {"sep": 1}, r"\[SEP\] is 2 .* and 1 to the model"),
-        (9, {"pad": 0, "eos": (2, 4), "sep": 2, "bos": 5}, ""),
-        (0, {"pad": 0, "eos": 3}, ""),
-        (9, {"eos": 50256}, ""),  # no token of this model: left over from another
-    ],
-)
-def test_a_tokenizer_whose_special_tokens_are_others_is_refused(more, ids, message):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    names = {"pad_token": "[PAD]", "sep_token": "[SEP]", "eos_token": "[SEP]", "unk_token": "a"}
-    raw = Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1, "[SEP]": 2, "b": 3}, unk_token="a"))
-    found = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
-    config = types.SimpleNamespace(vocab_size=4 + more, **{f"{name}_token_id": one for name, one in ids.items()})
-    with pytest.raises(errors.ConfigError, match=message) if message else contextlib.nullcontext():
-        text.check_vocabulary(found, config)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
