@@ -45,9 +45,9 @@ def contrastive(
     with a mesh. Each input has dropout of its own.
 
     Args:
-      model: of embeddings `[batch, width]`; of features, the pooled ones are taken. The model's `pool` decides how. What
-        a head gives are its embeddings: of a classifier's checkpoint take `model.clone(head=None)`, and its variables
-        without `params["head"]`.
+      model: of embeddings `[batch, width]`; of features, the pooled ones are taken. The model's `pool` decides how.
+        What a head gives are its embeddings: of a classifier's checkpoint take `model.clone(head=None)`, and its
+        variables without `params["head"]`.
       scale: s, the inverse of what is also called the temperature.
       normalize: divide embeddings by their length, so that products are cosines.
       symmetric: the mean of this loss and that in which second inputs look for their first ones.
