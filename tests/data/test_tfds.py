@@ -55,6 +55,10 @@ def test_prepared_data_is_found_by_name_or_folder(prepared, name):
     assert examples.labels.dtype == np.int32
 
 
+def test_one_class_is_enough_to_evaluate_on(prepared):
+    assert tfds.load("small", "train[:1]", data_dir=prepared, held_out=True).size == 1
+
+
 def test_a_whole_path_names_a_folder(prepared):
     assert tfds.load(str(prepared / "small" / "1.2.0"), "test").size == 4
 
