@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from jtl import heads
 from jtl.models.bert import Bert, depth_groups, example
 from jtl.models.bert_config import BertConfig, parsed
-from jtl.models.bert_layouts import blocks, dense, embeddings, masked_words, norm
+from jtl.models.bert_layouts import WORDS, blocks, dense, embeddings, masked_words, norm
 from jtl.models.family import Family, KeyLayout, Task
 from jtl.weights.convert import KeyRule
 
@@ -113,6 +113,7 @@ TASKS = {
         lambda config, outputs: heads.MaskedWords(config.hidden_act, config.layer_norm_eps, config.initializer_range),
         lambda config: masked_words("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
         None,
+        copies={"vocab_projector.weight": WORDS},
     ),
 }
 

@@ -79,6 +79,7 @@ class Task(NamedTuple):
       outputs: the path of a leaf whose last axis is as wide as the outputs; None where their number is the model's own.
       fits: whether the model of a configuration can have it.
       backbone: as of `Family`, where this class differs.
+      copies: tensors that repeat others, by the others' names: a checkpoint in which they differ is of another head.
     """
 
     head: Callable[[Any, int], nn.Module]
@@ -86,6 +87,7 @@ class Task(NamedTuple):
     outputs: str | None = "head/kernel"
     fits: Callable[[Any], bool] = lambda config: True
     backbone: str | None = None
+    copies: Mapping[str, str] = MappingProxyType({})
 
 
 class KeyLayout(NamedTuple):

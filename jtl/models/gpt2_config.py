@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.family import check_overrides, fields_from_json
+from jtl.weights.convert import equal
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
@@ -97,6 +100,22 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
             "decoder of an encoder-decoder model, not a model of its own"
         )
     return GPT2Config(**fields_from_json(GPT2Config, {**settings, **overrides}))
+
+
+def settle(config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> GPT2Config:
+    """The configuration of a checkpoint whose settings say that it is tied, or nothing.
+
+    As in transformers a second table counts all the same, where it differs from that of the words. Older files of
+    PyTorch hold the one table under both names.
+
+    Args:
+      config: from `parse`.
+      tensors: the checkpoint's, by name.
+    """
+    names = ("wte.weight", "lm_head.weight")
+    if not config.tie_word_embeddings or not all(name in tensors for name in names):
+        return config
+    return dataclasses.replace(config, tie_word_embeddings=equal(tensors, *names))
 
 
 def settings(config: GPT2Config, outputs: int | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
 from jtl.models.family import check_overrides, fields_from_json
+from jtl.weights.convert import equal
 
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
 _ENCODERS = ("EncoderModel", "ForTokenClassification")
@@ -157,8 +158,7 @@ def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:
     names = ("shared.weight", "lm_head.weight")
     if not config.tie_word_embeddings or config.encoder_only or not all(name in tensors for name in names):
         return config
-    words, head = (tensors[name] for name in names)
-    return dataclasses.replace(config, tie_word_embeddings=bool(np.array_equal(words, head)))
+    return dataclasses.replace(config, tie_word_embeddings=equal(tensors, *names))
 
 
 def settings(config: T5Config, outputs: int | None) -> dict[str, Any]:
