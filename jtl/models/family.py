@@ -199,6 +199,20 @@ def check_overrides(config: type, overrides: Mapping[str, Any]) -> None:
             raise ConfigError(f"{config.__name__} has no field {name!r}; nearest: {', '.join(near)}")
 
 
+def renamed(settings: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of transformers by the names of their fields; another name of one goes before its own, as it does there.
+
+    Args:
+      settings: the parsed `config.json`.
+      aliases: the fields by their other names: the `attribute_map` of transformers' class.
+
+    >>> renamed({"n_layer": 2, "hidden_size": 8, "n_embd": 4}, {"hidden_size": "n_embd"})
+    {'n_layer': 2, 'n_embd': 8}
+    """
+    named = {name: value for name, value in settings.items() if name not in aliases}
+    return named | {aliases[name]: value for name, value in settings.items() if name in aliases}
+
+
 def fields_from_json(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration among settings read from JSON, with the types that the fields have.
 

@@ -9,8 +9,16 @@ import numpy as np
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import check_overrides, fields_from_json
+from jtl.models.family import check_overrides, fields_from_json, renamed
 from jtl.weights.convert import equal
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Other names of fields in `config.json`."""
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
@@ -99,7 +107,7 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
             "config.json sets add_cross_attention=True; jtl's GPT-2 has only add_cross_attention=False: it is the "
             "decoder of an encoder-decoder model, not a model of its own"
         )
-    return GPT2Config(**fields_from_json(GPT2Config, {**settings, **overrides}))
+    return GPT2Config(**fields_from_json(GPT2Config, {**renamed(settings, ALIASES), **overrides}))
 
 
 def settle(config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> GPT2Config:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import check_overrides, fields_from_json
+from jtl.models.family import check_overrides, fields_from_json, renamed
 from jtl.weights.convert import equal
 
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
@@ -108,6 +108,14 @@ class T5Config:
 CLASSES = {"t5": "T5", "mt5": "MT5"}
 """What the names of transformers' classes begin with, by model type."""
 
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+"""Other names of fields in `config.json`."""
+
 MT5: dict[str, Any] = {
     "model_type": "mt5",
     "vocab_size": 250112,
@@ -142,7 +150,11 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
         "encoder_only": architecture.endswith(_ENCODERS),
         **(MT5 if settings.get("model_type") == "mt5" else {}),
     }
-    return T5Config(**fields_from_json(T5Config, {**chosen, **settings, **overrides}))
+    chosen |= settings
+    if settings.get("num_hidden_layers") is not None and chosen.get("num_decoder_layers") is None:
+        # transformers has settled it by then, with the number that the other name replaces.
+        chosen["num_decoder_layers"] = chosen.get("num_layers", T5Config.num_layers)
+    return T5Config(**fields_from_json(T5Config, {**renamed(chosen, ALIASES), **overrides}))
 
 
 def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:

@@ -96,7 +96,7 @@ def test_inputs_beyond_the_last_position_of_roberta_are_refused(tmp_path):
         ("roberta", {"pad_token_id": None}, "pad_token_id must be an integer from 0 to 14, got None"),
         ("roberta", {"pad_token_id": 15}, "pad_token_id must be an integer from 0 to 14, got 15"),
         ("distilbert", {"activation": "swiglu"}, "'swiglu' is not among"),
-        ("distilbert", {"n_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
+        ("distilbert", {"num_attention_heads": 5}, "hidden_size .*12 is not a multiple of num_attention_heads .*5"),
         ("distilbert", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ],
 )
@@ -120,9 +120,11 @@ def test_what_distilbert_does_not_have_is_refused(overrides, message):
 
 
 def test_distilbert_is_named_as_transformers_names_it_alone():
-    """Names of BERT's in a `config.json` of DistilBERT, which transformers would not read either."""
+    """Names of BERT's in a `config.json` of DistilBERT, which transformers would not read either, or does."""
     config = distilbert.parse({"model_type": "distilbert", "dim": 24, "n_heads": 3, "layer_norm_eps": 0.1}, None, {})
     assert (config.hidden_size, config.num_attention_heads, config.layer_norm_eps) == (24, 3, 1e-12)
+    other = distilbert.parse({"model_type": "distilbert", "hidden_size": 24, "num_attention_heads": 3}, None, {})
+    assert other == config
     assert distilbert.parse(dataclasses.asdict(config), None, {}) == config
 
 
