@@ -197,6 +197,28 @@ def test_a_second_table_counts_where_it_differs(said, tmp_path):
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {},
+        {"classifier_dropout": 0.0},
+        {"hidden_dropout": 0.3},
+        {"classifier_dropout": 0.2, "hidden_dropout": 0.3},
+        {"classifier_dropout": None, "hidden_dropout": 0},
+    ],
+    ids=str,
+)
+def test_the_dropout_of_a_classifier_of_tokens_is_that_of_transformers(rates, tmp_path):
+    reference = randomised("GPT2ForTokenClassification", draw(1) | {"num_labels": 3} | rates, 0)
+    model, variables = loaded(reference, tmp_path / "theirs")
+    assert model.head.dropout == reference.dropout.p
+    jtl.save(tmp_path / "ours", model, variables, format="transformers")
+    again = type(reference).from_pretrained(tmp_path / "ours")
+    assert again.dropout.p == reference.dropout.p
+    assert jtl.load(tmp_path / "ours")[0] == model
+
+
 def test_a_round_trip_of_jtl_s_own_changes_nothing(tmp_path):
     model, variables = tiny(heads.Tied(), n_layer=1, eos_token_id=(3, 4))
     jtl.save(tmp_path / "out", model, variables)
@@ -208,7 +230,7 @@ def test_a_round_trip_of_jtl_s_own_changes_nothing(tmp_path):
 def test_default_settings_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     ours = dataclasses.asdict(GPT2Config())
-    assert ours == {name: getattr(transformers.GPT2Config(), name) for name in ours}
+    assert ours == {name: getattr(transformers.GPT2Config(), name, None) for name in ours}
 
 
 @pytest.mark.parametrize(
