@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtl.generation.prompts import generating
 from jtl.generation.settings import Settings
 from jtl.typing import PyTree, Variables
 
@@ -43,9 +42,8 @@ def begin(
     Returns:
       The logits of the first new token, `[batch, vocabulary]`, what is kept, and the decoder.
     """
-    network = generating(model)
     prompt, real = ids, mask
-    if not network.prompted:
+    if settings.start is not None:
         prompt = jnp.full((len(ids), 1), settings.start, jnp.int32)
         real = jnp.ones_like(prompt, bool)
     new = settings.max_new_tokens
