@@ -51,6 +51,7 @@ class DistilBertConfig(BertConfig):
     sinusoidal_pos_embds: bool = False
 
     kind: ClassVar[str] = "DistilBERT"
+    names: ClassVar[Mapping[str, str]] = MappingProxyType(NAMES)
     pools: ClassVar[tuple[str | None, ...]] = ("mean", "cls", "max")
     fixed: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"type_vocab_size": 0, "layer_norm_eps": 1e-12, "classifier_dropout": None}

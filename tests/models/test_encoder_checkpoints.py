@@ -95,8 +95,10 @@ def test_inputs_beyond_the_last_position_of_roberta_are_refused(tmp_path):
         ("roberta", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ("roberta", {"pad_token_id": None}, "pad_token_id must be an integer from 0 to 14, got None"),
         ("roberta", {"pad_token_id": 15}, "pad_token_id must be an integer from 0 to 14, got 15"),
-        ("distilbert", {"activation": "swiglu"}, "'swiglu' is not among"),
-        ("distilbert", {"num_attention_heads": 5}, "hidden_size .*12 is not a multiple of num_attention_heads .*5"),
+        ("bert", {"pad_token_id": 40}, "pad_token_id must be one of the 40 tokens, or below 0 .*, got 40"),
+        ("distilbert", {"pad_token_id": -41}, "pad_token_id must be one of the 40 tokens, or below 0 .*, got -41"),
+        ("distilbert", {"activation": "swiglu"}, r"hidden_act \(activation in config\.json\) 'swiglu' is not among"),
+        ("distilbert", {"num_attention_heads": 5}, r"\(dim in .*\) 12 is not a multiple of .* \(n_heads in .*\) 5"),
         ("distilbert", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ],
 )
