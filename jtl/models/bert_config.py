@@ -71,10 +71,10 @@ class BertConfig:
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ConfigError(f"{self._called('hidden_act')} {self.hidden_act!r} is not among {sorted(ACTIVATIONS)}")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+        padding, count = self.pad_token_id, self.vocab_size
+        if padding is not None and not (isinstance(padding, int) and -count <= padding < count):
             raise ConfigError(
-                f"pad_token_id must be one of the {self.vocab_size} tokens, or below 0 to count from the last, got "
-                f"{self.pad_token_id}"
+                f"pad_token_id must be one of the {count} tokens, or below 0 to count from the last, got {padding!r}"
             )
         if self.pool not in self.pools:
             raise ConfigError(f"pool {self.pool!r} is not among {self.pools}")
