@@ -484,7 +484,7 @@ def test_with_the_settings_of_a_checkpoint_it_writes_what_transformers_writes(pa
     reference.save_pretrained(tmp_path)
     settings = defaults(tmp_path)
     expected = {"max_new_tokens": NEW, **_renamed(CHECKPOINT_BEAMS), "eos_token_id": (END, 7), "pad_token_id": PAD}
-    assert settings == expected
+    assert settings == {**expected, "decoder_start_token_id": PAD}
     inputs = _inputs("t5", 4)
     _check_texts(generate(model, variables, inputs, **settings), _theirs(reference, inputs)[0], ends=(END, 7))
 
@@ -506,7 +506,7 @@ def test_arguments_go_before_the_settings_of_a_checkpoint(tmp_path):
 
 def test_an_old_checkpoint_has_them_among_the_settings_of_the_model(tmp_path):
     folder = _written(tmp_path, {"model_type": "gpt2", "n_embd": 8, "eos_token_id": 7, "num_beams": 2}, "config.json")
-    expected = {"eos_token_id": 7, "beams": 2, "length_penalty": 1.0, "early_stopping": False}
+    expected = {"eos_token_id": 7, "beams": 2, "length_penalty": 1.0, "early_stopping": False, "max_new_tokens": 20}
     assert defaults(folder) == expected
     with pytest.raises(ConfigError, match=r"no generation_config\.json and no config\.json"):
         defaults(tmp_path / "nowhere")
@@ -530,15 +530,64 @@ def test_settings_that_would_change_the_text_are_refused_by_name(tmp_path, setti
     (name,) = setting
     with pytest.raises(ConfigError, match=rf"sets {name}=.*ignore=\['{name}'\]"):
         defaults(_written(tmp_path, setting))
-    assert defaults(tmp_path, ignore=[name]) == {}
+    assert defaults(tmp_path, ignore=[name]) == {"eos_token_id": (), "max_new_tokens": 20}
     idle = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "use_cache": True, "transformers_version": "5.0"}
-    assert defaults(_written(tmp_path, idle)) == {}
+    assert defaults(_written(tmp_path, idle), ignore=["eos_token_id", "max_length"]) == {}
 
 
-def test_another_first_token_than_that_of_the_loaded_model_is_refused(tmp_path):
-    _written(tmp_path, {"is_encoder_decoder": True, "decoder_start_token_id": 0}, "config.json")
-    with pytest.raises(ConfigError, match=r"decoder_start_token_id=2, config\.json 0"):
-        defaults(_written(tmp_path, {"decoder_start_token_id": 2}))
+def _with_files(reference, folder, file, **config):
+    """A checkpoint with these settings of generation, and its settings changed; None takes one out."""
+    reference.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text()) | config
+    _written(folder, {name: value for name, value in settings.items() if value is not None}, "config.json")
+    _written(folder, file)
+    return type(reference).from_pretrained(folder).eval(), *jtl.load(folder)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("start", [None, PAD], ids=["nowhere else", "another in config.json"])
+@pytest.mark.parametrize("name", ["decoder_start_token_id", "bos_token_id"])
+def test_a_decoder_starts_as_that_of_transformers(name, start, pair, tmp_path):
+    """With the token of the settings of generation, whatever `config.json` says, or with that of a beginning."""
+    file = {name: 5, "eos_token_id": END, "pad_token_id": PAD, "max_new_tokens": NEW}
+    reference, model, variables = _with_files(pair("t5")[0], tmp_path, file, decoder_start_token_id=start)
+    inputs, settings = _inputs("t5", 0), defaults(tmp_path)
+    assert settings["decoder_start_token_id"] == 5
+    got = generate(model, variables, inputs, **settings)
+    _check_texts(got, _theirs(reference, inputs)[0])
+    other = generate(model, variables, inputs, **defaults(tmp_path, ignore=["decoder_start_token_id"]))
+    assert np.any(np.asarray(other.tokens) != np.asarray(got.tokens))
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_without_an_end_or_a_length_it_writes_what_transformers_writes(pair, tmp_path):
+    """Twenty tokens, though `config.json` has an end."""
+    reference, model, variables = _with_files(pair("t5")[0], tmp_path, {"decoder_start_token_id": PAD})
+    inputs = _inputs("t5", 0)
+    got = generate(model, variables, inputs, **defaults(tmp_path))
+    assert _check_texts(got, _theirs(reference, inputs)[0], ends=()) == [20] * 4
+    assert min(generate(model, variables, inputs, max_new_tokens=20).lengths.tolist()) < 20
+
+
+@pytest.mark.parametrize("value", [0, 1, "20", 20.5])
+def test_a_length_that_cannot_be_is_refused_by_its_name(value, tmp_path):
+    _written(tmp_path, {"is_encoder_decoder": True}, "config.json")
+    with pytest.raises(ConfigError, match=rf"sets max_length={value!r}: expected an integer of at least 2"):
+        defaults(_written(tmp_path, {"max_length": value}))
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "message"),
+    [
+        (Pairs(), 0, "decoder_start_token_id=0: Pairs goes on from its inputs"),
+        (Pairs(prompted=False), 4, "decoder_start_token_id must be one of the model's tokens, 0 to 3, got 4"),
+    ],
+    ids=["prompted", "beyond"],
+)
+def test_a_first_token_that_the_model_does_not_have_is_refused(model, start, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(model, _table(), {"input_ids": [[1, 2]]}, max_new_tokens=2, decoder_start_token_id=start)
 
 
 # Refusals

@@ -83,7 +83,7 @@ def search(model: Any, variables: Variables, ids: jax.Array, mask: jax.Array, se
       settings: of the generation.
     """
     # The inputs are read once for a row, and what is kept of them is then repeated for its beams.
-    logits, cache, decoder = begin(model, variables, ids, mask, settings.max_new_tokens)
+    logits, cache, decoder = begin(model, variables, ids, mask, settings)
     decoder, cache = repeated(decoder, cache, settings.beams)
 
     def more(carry: tuple[Search, PyTree]) -> tuple[Search, PyTree]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtl.generation.prompts import generating
+from jtl.generation.settings import Settings
 from jtl.typing import PyTree, Variables
 
 
@@ -28,7 +28,7 @@ class Decoder(NamedTuple):
 
 
 def begin(
-    model: Any, variables: Variables, ids: jax.Array, mask: jax.Array, new: int
+    model: Any, variables: Variables, ids: jax.Array, mask: jax.Array, settings: Settings
 ) -> tuple[jax.Array, PyTree, Decoder]:
     """Read the inputs.
 
@@ -37,16 +37,16 @@ def begin(
       variables: its variables.
       ids: `[batch, length]`.
       mask: `[batch, length]` bool, True for real tokens.
-      new: how many tokens are to come. The last of them is never read.
+      settings: of the generation. The last of the new tokens is never read.
 
     Returns:
       The logits of the first new token, `[batch, vocabulary]`, what is kept, and the decoder.
     """
-    network = generating(model)
     prompt, real = ids, mask
-    if not network.prompted:
-        prompt = jnp.full((len(ids), 1), network.config.decoder_start_token_id, jnp.int32)
+    if settings.start is not None:
+        prompt = jnp.full((len(ids), 1), settings.start, jnp.int32)
         real = jnp.ones_like(prompt, bool)
+    new = settings.max_new_tokens
     allowed = jnp.concatenate([real, jnp.ones((len(ids), new - 1), bool)], axis=1)
     cache = model.apply(variables, ids, mask, positions=allowed.shape[1], method="start")
     places = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), axis=1) - 1, 0)

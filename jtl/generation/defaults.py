@@ -10,18 +10,24 @@ from jtl.weights.json_file import read_json
 FILE = "generation_config.json"
 
 _TOKENS = {"eos_token_id", "pad_token_id"}
+_STARTS = ("decoder_start_token_id", "bos_token_id")
+"""What a decoder without a prompt reads first, the preferred first."""
+
 _LENGTHS = {"max_new_tokens", "min_new_tokens", "max_length", "min_length"}
+_NEW = 20
+"""New tokens where the file names no length, as in transformers."""
+
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 """Read where tokens are drawn, with the values that transformers fills in."""
 
 _BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 """Read where beams are searched."""
 
-_READ = {*_TOKENS, *_LENGTHS, *_SAMPLING, *_BEAMS, "do_sample", "num_beams", "decoder_start_token_id"}
+_READ = {*_TOKENS, *_LENGTHS, *_SAMPLING, *_BEAMS, "do_sample", "num_beams", *_STARTS}
 
 # How it is computed, what is returned beside the tokens, and how fast: none of it changes the tokens.
 _IDLE = {
-    *("_from_model_config", "transformers_version", "bos_token_id", "remove_invalid_values", "low_memory"),
+    *("_from_model_config", "transformers_version", "remove_invalid_values", "low_memory"),
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "use_mtp"),
     *("compile_config", "disable_compile", "continuous_batching_config", "return_dict_in_generate"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "is_assistant"),
@@ -70,8 +76,9 @@ def defaults(folder: str | Path, *, ignore: Sequence[str] = (), **settings: Any)
         settings = jtl.generation.defaults(folder, max_new_tokens=40)
         written = jtl.generate(model, variables, inputs, **settings)
 
-    A checkpoint that draws tokens (`do_sample`) needs `key=`, here and not beside the result; `key=None` takes the
-    likeliest instead.
+    Where the file has no `eos_token_id` no text ends early, and where it has no length there are 20 new tokens, as in
+    transformers. A checkpoint that draws tokens (`do_sample`) needs `key=`, here and not beside the result; `key=None`
+    takes the likeliest instead.
 
     Args:
       folder: a checkpoint of transformers with `generation_config.json`, or, where an old one has none, with the same
@@ -90,9 +97,16 @@ def defaults(folder: str | Path, *, ignore: Sequence[str] = (), **settings: Any)
     folder = Path(folder)
     path, found, config = _found(folder)
     found = {name: value for name, value in found.items() if value is not None and name not in ignore}
-    _refuse(path, found, config)
+    _refuse(path, found)
+    encodes = bool(config.get("is_encoder_decoder"))
     chosen = {name: _tuple(found[name]) for name in sorted(_TOKENS & set(found))}
-    chosen |= _lengths(path, found, bool(config.get("is_encoder_decoder")), settings)
+    if path.name == FILE and "eos_token_id" not in {*found, *ignore}:
+        chosen["eos_token_id"] = ()  # transformers does not look for it among the model's settings either
+    if encodes and "decoder_start_token_id" not in ignore and (starts := [found[n] for n in _STARTS if n in found]):
+        chosen["decoder_start_token_id"] = starts[0]
+    chosen |= _lengths(path, found, encodes, settings)
+    if not {"max_new_tokens", "max_length"} & {*ignore, *chosen}:
+        chosen["max_new_tokens"] = _NEW
     if _samples(path, found, settings):
         chosen |= {name: found.get(name, value) for name, value in _SAMPLING.items()}
     beams = settings.get("beams", found.get("num_beams", 1))
@@ -113,32 +127,32 @@ def _found(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     return general, {name: value for name, value in config.items() if name in known}, config
 
 
-def _refuse(path: Path, found: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _refuse(path: Path, found: Mapping[str, Any]) -> None:
     for name, value in found.items():
         if name not in _READ | _IDLE and value not in _NEUTRAL.get(name, ()):
             raise ConfigError(
                 f"{path} sets {name}={value!r}, which generate does not have and which changes the text: "
                 f"ignore=[{name!r}] leaves it out"
             )
-    start = found.get("decoder_start_token_id")
-    if start is not None and config.get("decoder_start_token_id", start) != start:
-        raise ConfigError(
-            f"{path} sets decoder_start_token_id={start}, config.json {config['decoder_start_token_id']}, with which "
-            "the model was loaded: make them equal, or ignore=['decoder_start_token_id']"
-        )
 
 
 def _lengths(path: Path, found: Mapping[str, Any], encodes: bool, settings: Mapping[str, Any]) -> dict[str, int]:
     """The counts of new tokens. Those of whole texts include the decoder's first token, or else a prompt."""
     chosen = {name: found[name] for name in ("max_new_tokens", "min_new_tokens") if name in found}
-    for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if whole not in found or new in chosen or new in settings or found[whole] == 0:
+    for whole, new, least in (("max_length", "max_new_tokens", 2), ("min_length", "min_new_tokens", 0)):
+        value = found.get(whole, 0)
+        if whole not in found or new in chosen or new in settings or (value == 0 and not least):
             continue
         if not encodes:
             raise ConfigError(
-                f"{path} sets {whole}={found[whole]}, which counts the prompt too: give {new}=, or ignore=[{whole!r}]"
+                f"{path} sets {whole}={value}, which counts the prompt too: give {new}=, or ignore=[{whole!r}]"
             )
-        chosen[new] = found[whole] - 1
+        if type(value) is not int or value < least:
+            raise ConfigError(
+                f"{path} sets {whole}={value!r}: expected an integer of at least {least}, as the decoder's first token "
+                f"counts; give {new}=, or ignore=[{whole!r}]"
+            )
+        chosen[new] = value - 1
     return chosen
 
 

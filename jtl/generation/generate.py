@@ -30,6 +30,7 @@ def generate(
     early_stopping: bool | str = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    decoder_start_token_id: int | None = None,
 ) -> Generated:
     """Write on.
 
@@ -67,6 +68,7 @@ def generate(
       eos_token_id: the tokens that end a row; by default those of the model's `config`, and `()` for none, so that all
         rows are `max_new_tokens` long.
       pad_token_id: what stands after the end; by default that of the model's `config`, or the first that ends a row.
+      decoder_start_token_id: what the decoder of T5 reads first; by default that of the model's `config`.
 
     Returns:
       `Generated(tokens, lengths, scores)`.
@@ -93,6 +95,7 @@ def generate(
         early_stopping=early_stopping,
         ends=ends,
         padding=asked.padding(pad_token_id, network.config, ends),
+        start=asked.start(decoder_start_token_id, network),
     )
     asked.check(settings, key)
     prompts = prepare(inputs, network, max_new_tokens)

@@ -39,6 +39,7 @@ class Settings(NamedTuple):
       early_stopping: of beams.
       ends: the tokens that end a text.
       padding: what stands after the end.
+      start: the first token of a decoder that reads no prompt; None of one that does.
     """
 
     max_new_tokens: int
@@ -51,6 +52,7 @@ class Settings(NamedTuple):
     early_stopping: bool | str
     ends: tuple[int, ...]
     padding: int
+    start: int | None = None
 
 
 def ends(eos_token_id: int | Sequence[int] | None, config: Any) -> tuple[int, ...]:
@@ -82,6 +84,26 @@ def padding(pad_token_id: int | None, config: Any, found: tuple[int, ...]) -> in
     """What stands after the end: as asked, as the model's settings have it, or the first token that ends a text."""
     candidates = (pad_token_id, getattr(config, "pad_token_id", None), *found, 0)
     return next(token for token in candidates if token is not None)
+
+
+def start(decoder_start_token_id: int | None, network: Any) -> int | None:
+    """What the decoder reads first: as asked, or as the model's settings have it; None where it goes on from inputs.
+
+    Raises:
+      ConfigError: it goes on from inputs and one was asked for, or the model does not have it.
+    """
+    if network.prompted:
+        if decoder_start_token_id is not None:
+            raise ConfigError(
+                f"decoder_start_token_id={decoder_start_token_id!r}: {type(network).__name__} goes on from its inputs, "
+                "which have a first token; leave it out"
+            )
+        return None
+    given, last = decoder_start_token_id, network.config.vocab_size - 1
+    token = network.config.decoder_start_token_id if given is None else given
+    if type(token) is not int or not 0 <= token <= last:
+        raise ConfigError(f"decoder_start_token_id must be one of the model's tokens, 0 to {last}, got {token!r}")
+    return token
 
 
 def check(settings: Settings, key: Any) -> None:

@@ -40,7 +40,7 @@ def write(
       keys: `[batch]`, or None.
       settings: of the generation.
     """
-    logits, cache, decoder = begin(model, variables, ids, mask, settings.max_new_tokens)
+    logits, cache, decoder = begin(model, variables, ids, mask, settings)
 
     def unfinished(carry: tuple[Texts, PyTree]) -> jax.Array:
         return (carry[0].step < settings.max_new_tokens) & ~jnp.all(carry[0].ended)

@@ -51,7 +51,7 @@ class Embeddings(nn.Module):
             )
         embed = functools.partial(nn.Embed, features=c.hidden_size, dtype=self.dtype, embedding_init=random_init(init))
         word = embed(c.vocab_size, name="word")
-        x = _looked_up(word, input_ids, c.pad_token_id)
+        x = _looked_up(word, input_ids, c.padding)
         if c.type_vocab_size:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + embed(c.type_vocab_size, name="token_type")(types)

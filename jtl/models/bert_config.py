@@ -53,6 +53,8 @@ class BertConfig:
     pools: ClassVar[tuple[str | None, ...]] = POOLS
     fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Fields of which the family has but one value."""
+    names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What `config.json` calls the fields that have another name there."""
 
     def __post_init__(self):
         for name, value in self.fixed.items():
@@ -61,15 +63,30 @@ class BertConfig:
         for name in _SIZES:
             value = getattr(self, name)
             if name not in self.fixed and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} must be an integer above 0, got {value!r}")
+                raise ConfigError(f"{self._called(name)} must be an integer above 0, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"{self._called('hidden_size')} {self.hidden_size} is not a multiple of "
+                f"{self._called('num_attention_heads')} {self.num_attention_heads}"
             )
         if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act {self.hidden_act!r} is not among {sorted(ACTIVATIONS)}")
+            raise ConfigError(f"{self._called('hidden_act')} {self.hidden_act!r} is not among {sorted(ACTIVATIONS)}")
+        padding, count = self.pad_token_id, self.vocab_size
+        if padding is not None and not (isinstance(padding, int) and -count <= padding < count):
+            raise ConfigError(
+                f"pad_token_id must be one of the {count} tokens, or below 0 to count from the last, got {padding!r}"
+            )
         if self.pool not in self.pools:
             raise ConfigError(f"pool {self.pool!r} is not among {self.pools}")
+
+    def _called(self, name: str) -> str:
+        """A field's name, and that which it has in `config.json`."""
+        return f"{name} ({self.names[name]} in config.json)" if name in self.names else name
+
+    @property
+    def padding(self) -> int | None:
+        """The row of the words' table that is not trained; as in PyTorch one below 0 counts from the last."""
+        return None if self.pad_token_id is None else self.pad_token_id % self.vocab_size
 
     @property
     def head_dropout(self) -> float:

@@ -76,6 +76,9 @@ def masked_words(transform: str, layer_norm: str, bias: str) -> list[KeyRule]:
     return [*dense("head/dense", transform), *norm("head/norm", layer_norm), KeyRule("head/bias", bias, KEEP)]
 
 
+WORDS = "embeddings.word_embeddings.weight"
+"""The table that a head of masked words shares."""
+
 TASKS = {
     "ForSequenceClassification": Task(
         lambda config, outputs: heads.Linear(outputs, config.head_dropout),
@@ -92,6 +95,10 @@ TASKS = {
             "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias"
         ),
         None,
+        copies={
+            "cls.predictions.decoder.weight": WORDS,
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
     ),
 }
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from jtl import heads
 from jtl.models.bert import Bert, depth_groups, example
 from jtl.models.bert_config import BertConfig, parsed
-from jtl.models.bert_layouts import blocks, dense, embeddings, masked_words, norm
-from jtl.models.family import Family, KeyLayout, Task
+from jtl.models.bert_layouts import WORDS, blocks, dense, embeddings, masked_words, norm
+from jtl.models.family import Family, KeyLayout, Task, renamed
 from jtl.weights.convert import KeyRule
 
 NAMES = {
@@ -29,6 +29,9 @@ NAMES = {
     "attention_probs_dropout_prob": "attention_dropout",
 }
 """What `config.json` calls the fields that have another name in `BertConfig`."""
+
+ALIASES = {"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
+"""Other names of settings in `config.json`; those of BERT's that are not here mean nothing there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class DistilBertConfig(BertConfig):
     sinusoidal_pos_embds: bool = False
 
     kind: ClassVar[str] = "DistilBERT"
+    names: ClassVar[Mapping[str, str]] = MappingProxyType(NAMES)
     pools: ClassVar[tuple[str | None, ...]] = ("mean", "cls", "max")
     fixed: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"type_vocab_size": 0, "layer_norm_eps": 1e-12, "classifier_dropout": None}
@@ -56,7 +60,8 @@ class DistilBertConfig(BertConfig):
 
 def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[str, Any]) -> DistilBertConfig:
     """The configuration of a checkpoint; see `bert_config.parse`."""
-    if "model_type" in settings:  # of transformers, where BERT's names for these mean nothing
+    if "model_type" in settings:  # of transformers
+        settings = renamed(settings, ALIASES)
         ours = {theirs: name for name, theirs in NAMES.items()}
         left_out = {*NAMES, *DistilBertConfig.fixed}
         settings = {ours.get(name, name): value for name, value in settings.items() if name not in left_out}
@@ -113,6 +118,7 @@ TASKS = {
         lambda config, outputs: heads.MaskedWords(config.hidden_act, config.layer_norm_eps, config.initializer_range),
         lambda config: masked_words("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),
         None,
+        copies={"vocab_projector.weight": WORDS},
     ),
 }
 

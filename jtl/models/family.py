@@ -79,6 +79,7 @@ class Task(NamedTuple):
       outputs: the path of a leaf whose last axis is as wide as the outputs; None where their number is the model's own.
       fits: whether the model of a configuration can have it.
       backbone: as of `Family`, where this class differs.
+      copies: tensors that repeat others, by the others' names: a checkpoint in which they differ is of another head.
     """
 
     head: Callable[[Any, int], nn.Module]
@@ -86,6 +87,7 @@ class Task(NamedTuple):
     outputs: str | None = "head/kernel"
     fits: Callable[[Any], bool] = lambda config: True
     backbone: str | None = None
+    copies: Mapping[str, str] = MappingProxyType({})
 
 
 class KeyLayout(NamedTuple):
@@ -195,6 +197,20 @@ def check_overrides(config: type, overrides: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
             raise ConfigError(f"{config.__name__} has no field {name!r}; nearest: {', '.join(near)}")
+
+
+def renamed(settings: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of transformers by the names of their fields; another name of one goes before its own, as it does there.
+
+    Args:
+      settings: the parsed `config.json`.
+      aliases: the fields by their other names: the `attribute_map` of transformers' class.
+
+    >>> renamed({"n_layer": 2, "hidden_size": 8, "n_embd": 4}, {"hidden_size": "n_embd"})
+    {'n_layer': 2, 'n_embd': 8}
+    """
+    named = {name: value for name, value in settings.items() if name not in aliases}
+    return named | {aliases[name]: value for name, value in settings.items() if name in aliases}
 
 
 def fields_from_json(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:

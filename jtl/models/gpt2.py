@@ -27,7 +27,7 @@ from jtl.errors import ConfigError, DataError
 from jtl.models.attention import KeyValues, causal, key_values
 from jtl.models.family import Family, Features
 from jtl.models.gpt2_blocks import Decoder, Embeddings
-from jtl.models.gpt2_config import VARIANTS, GPT2Config, parse, settings
+from jtl.models.gpt2_config import VARIANTS, GPT2Config, parse, settings, settle
 from jtl.models.gpt2_layouts import LAYOUT
 from jtl.models.inputs import check_tokens
 from jtl.models.layers import call_head, last_real, layer_norm
@@ -260,6 +260,7 @@ FAMILY = Family(
     paper="Radford et al 2019",
     head=lambda config, outputs: heads.Linear(outputs, use_bias=False),
     settings=settings,
+    settle=settle,
     classes="GPT2",
     backbone="transformer.",
     variants=VARIANTS,

@@ -5,9 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import check_overrides, fields_from_json
+from jtl.models.family import check_overrides, fields_from_json, renamed
+from jtl.weights.convert import equal
+
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Other names of fields in `config.json`."""
 
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
@@ -18,8 +29,9 @@ class GPT2Config:
 
     `n_inner` is the width inside a block's two dense layers, by default four times `n_embd`. The two settings of
     attention that later models brought are `scale_attn_by_inverse_layer_idx`, which divides the scores of the k-th
-    block by k, and `reorder_and_upcast_attn`, which computes attention in float32 whatever the rest has. The ids of
-    special tokens are read by nothing in the model: they are kept for those who generate with it.
+    block by k, and `reorder_and_upcast_attn`, which computes attention in float32 whatever the rest has.
+    `classifier_dropout` is the rate of a checkpoint's own classifier of tokens, by default 0.1. The ids of special
+    tokens are read by nothing in the model: they are kept for those who generate with it.
     """
 
     vocab_size: int = 50257
@@ -41,6 +53,7 @@ class GPT2Config:
     eos_token_id: int | tuple[int, ...] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+    classifier_dropout: float | None = None
 
     def __post_init__(self):
         for name in _SIZES if self.n_inner is None else (*_SIZES, "n_inner"):
@@ -56,6 +69,11 @@ class GPT2Config:
     def max_length(self) -> int:
         """The most tokens of an input."""
         return self.n_positions
+
+    @property
+    def head_dropout(self) -> float:
+        """The rate of the checkpoint's own classifier of tokens."""
+        return 0.1 if self.classifier_dropout is None else self.classifier_dropout
 
     @property
     def inner(self) -> int:
@@ -96,10 +114,31 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
             "config.json sets add_cross_attention=True; jtl's GPT-2 has only add_cross_attention=False: it is the "
             "decoder of an encoder-decoder model, not a model of its own"
         )
-    return GPT2Config(**fields_from_json(GPT2Config, {**settings, **overrides}))
+    if settings.get("classifier_dropout") is None:  # transformers reads another name that is no alias
+        settings = {**settings, "classifier_dropout": settings.get("hidden_dropout")}
+    return GPT2Config(**fields_from_json(GPT2Config, {**renamed(settings, ALIASES), **overrides}))
+
+
+def settle(config: GPT2Config, tensors: Mapping[str, np.ndarray]) -> GPT2Config:
+    """The configuration of a checkpoint whose settings say that it is tied, or nothing.
+
+    As in transformers a second table counts all the same, where it differs from that of the words. Older files of
+    PyTorch hold the one table under both names.
+
+    Args:
+      config: from `parse`.
+      tensors: the checkpoint's, by name.
+    """
+    names = ("wte.weight", "lm_head.weight")
+    if not config.tie_word_embeddings or not all(name in tensors for name in names):
+        return config
+    return dataclasses.replace(config, tie_word_embeddings=equal(tensors, *names))
 
 
 def settings(config: GPT2Config, outputs: int | None) -> dict[str, Any]:
     """The `config.json` of transformers, without the name of a class."""
     del outputs
-    return {"model_type": "gpt2", **dataclasses.asdict(config)}
+    fields = dataclasses.asdict(config)
+    if config.classifier_dropout is None:
+        del fields["classifier_dropout"]  # which transformers' class does not have by itself
+    return {"model_type": "gpt2", **fields}

@@ -47,10 +47,6 @@ def rename(name: str) -> str:
     return name.removeprefix("transformer.")
 
 
-_TOKEN_DROPOUT = 0.1
-"""Of the classifier of tokens, for which `config.json` has no setting of its own."""
-
-
 def _words(config: GPT2Config, outputs: int) -> heads.Tied | heads.Tokens:
     del outputs  # those of the vocabulary
     return heads.Tied() if config.tie_word_embeddings else heads.Tokens(config.vocab_size, use_bias=False)
@@ -67,7 +63,7 @@ TASKS = {
         lambda config: [KeyRule("head/kernel", "score.weight", TRANSPOSE)],
     ),
     "ForTokenClassification": Task(
-        lambda config, outputs: heads.Tokens(outputs, _TOKEN_DROPOUT),
+        lambda config, outputs: heads.Tokens(outputs, config.head_dropout),
         lambda config: dense("head", "classifier"),
     ),
     "ForQuestionAnswering": Task(lambda config, outputs: heads.Span(), lambda config: dense("head", "qa_outputs")),

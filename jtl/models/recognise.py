@@ -14,7 +14,7 @@ import numpy as np
 from jtl import heads
 from jtl.errors import ConfigError, JtlError, SourceNotFoundError, WeightsError
 from jtl.models import registry
-from jtl.models.family import Family, KeyLayout, check_overrides, fields_from_json
+from jtl.models.family import Family, KeyLayout, Task, check_overrides, fields_from_json
 from jtl.weights import convert
 from jtl.weights.assets import ASSETS
 from jtl.weights.json_file import read_json
@@ -252,6 +252,7 @@ def _head(
     if name is None:  # a backbone, or the heads of pretraining, which several tasks share
         return None, layout
     task, layout = layout.tasks[name], layout.of_task(name)
+    _check_copies(task, tensors)
     outputs = 0 if task.outputs is None else _outputs(task.outputs, config, layout, tensors, settings)
     if outputs is None:
         wanted = [rule.source for rule in task.keys(config)]
@@ -259,6 +260,16 @@ def _head(
             f"config.json says {architecture}, but the head's tensors {wanted} are missing; pass head= for a new one"
         )
     return task.head(config, outputs), layout
+
+
+def _check_copies(task: Task, tensors: Tensors) -> None:
+    """Refuse a head whose second tensor is no copy: what it holds would be lost."""
+    for copy, original in task.copies.items():
+        if copy in tensors and original in tensors and not convert.equal(tensors, copy, original):
+            raise WeightsError(
+                f"{copy} differs from {original}: jtl's head has one tensor for both (tie_word_embeddings=True); "
+                "pass head= for a new one"
+            )
 
 
 def _outputs(leaf: str, config: Any, layout: KeyLayout, tensors: Tensors, settings: Mapping[str, Any]) -> int | None:

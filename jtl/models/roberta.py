@@ -23,7 +23,7 @@ from jtl.errors import ConfigError
 from jtl.models import bert_config, bert_layouts
 from jtl.models.bert import Bert, Embeddings, depth_groups, example
 from jtl.models.bert_config import BertConfig
-from jtl.models.bert_layouts import dense, masked_words
+from jtl.models.bert_layouts import WORDS, dense, masked_words
 from jtl.models.family import Family, KeyLayout, Task
 
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
@@ -115,6 +115,7 @@ TASKS = {
         lambda config, outputs: heads.MaskedWords("gelu", config.layer_norm_eps, config.initializer_range),
         lambda config: masked_words("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
         None,
+        copies={"lm_head.decoder.weight": WORDS, "lm_head.decoder.bias": "lm_head.bias"},
     ),
 }
 

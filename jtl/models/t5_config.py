@@ -9,7 +9,8 @@ import numpy as np
 
 from jtl.activations import ACTIVATIONS
 from jtl.errors import ConfigError
-from jtl.models.family import check_overrides, fields_from_json
+from jtl.models.family import check_overrides, fields_from_json, renamed
+from jtl.weights.convert import equal
 
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_decoder_layers", "num_heads")
 _ENCODERS = ("EncoderModel", "ForTokenClassification")
@@ -21,10 +22,11 @@ class T5Config:
     """The settings of a T5 model, named as in `config.json`, with the same defaults.
 
     `feed_forward_proj` is the activation between a block's dense layers, such as "relu" (version 1.0) or "gated-gelu"
-    (1.1, FLAN-T5, mT5), whose GELU is that of `gelu_new`. `num_decoder_layers` is by default `num_layers`, and
-    `decoder_start_token_id` by default the padding. `tie_word_embeddings` says whether the head of the checkpoint's own
-    is the table of words, and `scale_decoder_outputs` whether the decoder's outputs are divided by the root of
-    `d_model` before such a head. The model of version 1.0 has both, later ones neither.
+    (1.1, FLAN-T5, mT5), whose GELU is that of `gelu_new`. `dense_act_fn` is the activation where it is another one than
+    that says, and else None. `num_decoder_layers` is by default `num_layers`, and `decoder_start_token_id` by default
+    the padding. `tie_word_embeddings` says whether the head of the checkpoint's own is the table of words, and
+    `scale_decoder_outputs` whether the decoder's outputs are divided by the root of `d_model` before such a head. The
+    model of version 1.0 has both, later ones neither, and mT5 never scales.
 
     With `encoder_only` there is no decoder, as in `T5EncoderModel`; `jtl.load(source, encoder_only=True)` leaves that
     of a checkpoint out.
@@ -50,6 +52,7 @@ class T5Config:
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool = True
     classifier_dropout: float = 0.0
+    dense_act_fn: str | None = None
     encoder_only: bool = False
 
     def __post_init__(self):
@@ -62,11 +65,17 @@ class T5Config:
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._check_choices()
+        if self.dense_act_fn == _activation(self.feed_forward_proj):
+            object.__setattr__(self, "dense_act_fn", None)  # or equal models would have unequal settings
         self._check_distances()
 
     def _check_choices(self) -> None:
         if self.model_type not in CLASSES:
             raise ConfigError(f"model_type {self.model_type!r} is not among {sorted(CLASSES)}")
+        if self.model_type == "mt5" and self.scale_decoder_outputs:
+            raise ConfigError("scale_decoder_outputs=True: mT5's outputs are never scaled, set it to False")
+        if self.dense_act_fn is not None and self.dense_act_fn not in ACTIVATIONS:
+            raise ConfigError(f"dense_act_fn {self.dense_act_fn!r} is not among {sorted(ACTIVATIONS)}")
         gate, _, activation = self.feed_forward_proj.rpartition("-")
         if gate not in ("", "gated") or activation not in ACTIVATIONS:
             raise ConfigError(
@@ -94,9 +103,7 @@ class T5Config:
     @property
     def activation(self) -> str:
         """By its name in `jtl.activations`."""
-        if self.feed_forward_proj == "gated-gelu":
-            return "gelu_new"
-        return self.feed_forward_proj.removeprefix("gated-")
+        return self.dense_act_fn or _activation(self.feed_forward_proj)
 
     @property
     def max_length(self) -> None:
@@ -106,6 +113,14 @@ class T5Config:
 
 CLASSES = {"t5": "T5", "mt5": "MT5"}
 """What the names of transformers' classes begin with, by model type."""
+
+ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+"""Other names of fields in `config.json`."""
 
 MT5: dict[str, Any] = {
     "model_type": "mt5",
@@ -141,7 +156,36 @@ def parse(settings: Mapping[str, Any], folder: Path | None, overrides: Mapping[s
         "encoder_only": architecture.endswith(_ENCODERS),
         **(MT5 if settings.get("model_type") == "mt5" else {}),
     }
-    return T5Config(**fields_from_json(T5Config, {**chosen, **settings, **overrides}))
+    chosen |= settings
+    if settings.get("model_type") == "mt5":
+        chosen["scale_decoder_outputs"] = False  # which transformers does not read for it
+    if settings.get("num_hidden_layers") is not None and chosen.get("num_decoder_layers") is None:
+        # transformers has settled it by then, with the number that the other name replaces.
+        chosen["num_decoder_layers"] = chosen.get("num_layers", T5Config.num_layers)
+    if "feed_forward_proj" in overrides:
+        chosen.pop("dense_act_fn", None)
+        chosen.pop("is_gated_act", None)
+    fields = fields_from_json(T5Config, {**renamed(chosen, ALIASES), **overrides})
+    return T5Config(**fields | _feed_forward(fields, chosen))
+
+
+def _activation(feed_forward_proj: str) -> str:
+    """The activation that goes with it, by its name in `jtl.activations`."""
+    return "gelu_new" if feed_forward_proj == "gated-gelu" else feed_forward_proj.removeprefix("gated-")
+
+
+def _feed_forward(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of what is between the dense layers.
+
+    transformers derives `dense_act_fn` and `is_gated_act` from `feed_forward_proj`, and obeys them where they are
+    written beside it.
+    """
+    named = fields.get("feed_forward_proj", T5Config.feed_forward_proj)
+    activation = fields.get("dense_act_fn") or _activation(named)
+    gated = bool(settings.get("is_gated_act", named.startswith("gated-")))
+    if (activation, gated) == (_activation(named), named.startswith("gated-")):
+        return {}
+    return {"feed_forward_proj": f"{'gated-' if gated else ''}{activation}", "dense_act_fn": activation}
 
 
 def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:
@@ -157,13 +201,14 @@ def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:
     names = ("shared.weight", "lm_head.weight")
     if not config.tie_word_embeddings or config.encoder_only or not all(name in tensors for name in names):
         return config
-    words, head = (tensors[name] for name in names)
-    return dataclasses.replace(config, tie_word_embeddings=bool(np.array_equal(words, head)))
+    return dataclasses.replace(config, tie_word_embeddings=equal(tensors, *names))
 
 
 def settings(config: T5Config, outputs: int | None) -> dict[str, Any]:
     """The `config.json` of transformers, without the name of a class."""
     del outputs
-    ours = ("encoder_only", *(("scale_decoder_outputs",) if config.model_type == "mt5" else ()))
+    ours = ["encoder_only"]
+    ours += ["scale_decoder_outputs"] if config.model_type == "mt5" else []
+    ours += ["dense_act_fn"] if config.dense_act_fn is None else []
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ours}
     return {**fields, "is_encoder_decoder": not config.encoder_only}

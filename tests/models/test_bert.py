@@ -99,6 +99,32 @@ def test_outputs_and_gradients_are_those_of_the_reference(seed, tmp_path):
 
 
 @pytest.mark.torch
+def test_padding_below_zero_is_counted_from_the_last_word(tmp_path):
+    """Its embedding is not trained, as that of PyTorch's `padding_idx`."""
+    torch = pytest.importorskip("torch")
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    config = {name: checkpoints.CONFIG[name] for name in sizes} | {"pad_token_id": -1, "num_hidden_layers": 1}
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    reference = randomised("BertModel", config, 0)
+    model, variables = loaded(reference, tmp_path)
+    inputs = {"input_ids": np.array([[39, 3, 39, 4]], np.int32)}
+    scale = np.random.default_rng(0).normal(size=(1, 4, 12))
+
+    def loss(params):
+        out = model.apply({"params": params}, jnp.array(inputs["input_ids"]))
+        return jnp.sum(out.sequence * scale.astype("f4")) + jnp.sum(out.pooled)
+
+    def total(reference):
+        out = reference(**to_torch(inputs))
+        return (out.last_hidden_state * torch.from_numpy(scale)).sum() + out.pooler_output.sum()
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    right = reference_gradients(model, reference, total)
+    assert not np.any(gradients["embeddings"]["word"]["embedding"][39])
+    check_gradients(gradients, right)
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize("seed", [0, 2])
 def test_one_adamw_step_of_a_classifier_is_that_of_the_reference(seed, tmp_path):
     config = _draw(seed)

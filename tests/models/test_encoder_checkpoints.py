@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jtl
 from jtl import heads
 from jtl.errors import ConfigError, WeightsError
 from jtl.models import bert, bert_config, distilbert, gpt2, gpt2_config, naming, registry, roberta
+from jtl.pretrained import shapes
 
 from . import checkpoints
 
@@ -93,8 +95,10 @@ def test_inputs_beyond_the_last_position_of_roberta_are_refused(tmp_path):
         ("roberta", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ("roberta", {"pad_token_id": None}, "pad_token_id must be an integer from 0 to 14, got None"),
         ("roberta", {"pad_token_id": 15}, "pad_token_id must be an integer from 0 to 14, got 15"),
-        ("distilbert", {"activation": "swiglu"}, "'swiglu' is not among"),
-        ("distilbert", {"n_heads": 5}, "hidden_size 768 is not a multiple of num_attention_heads 5"),
+        ("bert", {"pad_token_id": 40}, "pad_token_id must be one of the 40 tokens, or below 0 .*, got 40"),
+        ("distilbert", {"pad_token_id": -41}, "pad_token_id must be one of the 40 tokens, or below 0 .*, got -41"),
+        ("distilbert", {"activation": "swiglu"}, r"hidden_act \(activation in config\.json\) 'swiglu' is not among"),
+        ("distilbert", {"num_attention_heads": 5}, r"\(dim in .*\) 12 is not a multiple of .* \(n_heads in .*\) 5"),
         ("distilbert", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ],
 )
@@ -118,9 +122,11 @@ def test_what_distilbert_does_not_have_is_refused(overrides, message):
 
 
 def test_distilbert_is_named_as_transformers_names_it_alone():
-    """Names of BERT's in a `config.json` of DistilBERT, which transformers would not read either."""
+    """Names of BERT's in a `config.json` of DistilBERT, which transformers would not read either, or does."""
     config = distilbert.parse({"model_type": "distilbert", "dim": 24, "n_heads": 3, "layer_norm_eps": 0.1}, None, {})
     assert (config.hidden_size, config.num_attention_heads, config.layer_norm_eps) == (24, 3, 1e-12)
+    other = distilbert.parse({"model_type": "distilbert", "hidden_size": 24, "num_attention_heads": 3}, None, {})
+    assert other == config
     assert distilbert.parse(dataclasses.asdict(config), None, {}) == config
 
 
@@ -154,6 +160,45 @@ def test_bert_without_a_pooler_is_refused_unless_nothing_needs_it(tmp_path):
         jtl.load(folder)
     for settings in ({"pool": "mean"}, {"head": jtl.heads.token_classifier(3), "key": jax.random.key(0)}):
         assert "pooler" not in jtl.load(folder, **settings)[1]["params"]
+
+
+def _masked(folder, model_type):
+    """A checkpoint of masked words, with random values."""
+    family, named = registry.get(model_type), {"model_type": model_type} if "roberta" in model_type else {}
+    config = family.parse({**SMALL, **named, "max_position_embeddings": 6}, None, {})
+    model, rng = family.build(config, family.layouts[0].tasks["ForMaskedLM"].head(config, 0)), np.random.default_rng(0)
+    like = shapes(family, model)
+    variables = jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape), leaf.dtype), like)
+    jtl.save(folder, model, variables, format="transformers")
+    return model, variables
+
+
+@pytest.mark.parametrize(
+    ("model_type", "copy", "original"),
+    [
+        ("bert", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("bert", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ("roberta", "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("roberta", "lm_head.decoder.bias", "lm_head.bias"),
+        ("xlm-roberta", "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("distilbert", "vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_what_is_no_copy_of_the_tensor_that_it_is_tied_to_is_refused(model_type, copy, original, tmp_path):
+    """transformers does not tie them, jtl has no head of two. A copy changes nothing, nor does what is not read."""
+    model, variables = _masked(tmp_path, model_type)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, copy: tensors[original]}, file)
+    same, again = jtl.load(tmp_path)
+    assert jtl.tree.digest(again) == jtl.tree.digest(variables)
+    assert naming.like(same.head, model.head)
+    other = tensors[original].copy()
+    other[-1] += 1
+    save_file({**tensors, copy: other}, file)
+    with pytest.raises(WeightsError, match=rf"{copy} differs from .*{original[-12:]}: .* head="):
+        jtl.load(tmp_path)
+    assert jtl.load(tmp_path, jtl.heads.token_classifier(3), key=jax.random.key(0))[0].head.outputs == 3
 
 
 # Where transformers has no such model

@@ -1,5 +1,6 @@
 """BERT, RoBERTa, XLM-RoBERTa and DistilBERT with the heads of transformers' classes: there, here, and back again."""
 
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -119,6 +120,44 @@ def _theirs(reference, inputs):
 
 def _tuple(outputs):
     return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
+
+
+# Sizes by the names that transformers calls standard, what they replace, and others of which it obeys one.
+BY_OTHER_NAMES = {
+    "GPT2Model": ({"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "max_position_embeddings": 9},),
+    "GPT2Model, twice": ({"num_attention_heads": 3, "n_head": 4}, {"n_embd": 12, "n_layer": 1, "n_positions": 9}),
+    "DistilBertModel": ({"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2}, {"hidden_dim": 9}),
+    "DistilBertModel, twice": ({"num_attention_heads": 3, "n_heads": 4}, {"dim": 12, "n_layers": 1, "hidden_dim": 9}),
+    "T5EncoderModel": (
+        {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "head_dim": 4},
+        {"d_ff": 9, "num_decoder_layers": 1},
+    ),
+    "T5Model": ({"num_attention_heads": 3, "num_heads": 4}, {"d_model": 12, "d_kv": 4, "d_ff": 9, "num_layers": 1}),
+    "T5Model, layers": ({"num_hidden_layers": 2, "num_layers": 1}, {"d_model": 12, "d_kv": 4, "d_ff": 9}),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", BY_OTHER_NAMES)
+def test_other_names_of_settings_mean_what_they_mean_in_transformers(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    kind, (named, *rest) = name.partition(",")[0], BY_OTHER_NAMES[name]
+    family = kind.removesuffix("EncoderModel").removesuffix("Model")
+    settings = {"vocab_size": 23, **named, **(rest[0] if rest else {})}
+    torch.manual_seed(0)
+    reference = getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**settings)).eval()
+    reference.save_pretrained(tmp_path)
+    model_type = {"model_type": family.lower(), "architectures": [kind]}
+    (tmp_path / "config.json").write_text(json.dumps({**settings, **model_type}))
+    ids = np.random.default_rng(0).integers(2, 23, (2, 6)).astype(np.int32)
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4]} if kind == "T5Model" else {})
+    model, variables = jtl.load(tmp_path)
+    with torch.no_grad():
+        expected = reference(**to_torch(inputs)).last_hidden_state.numpy()
+    got = model.apply(variables, **to_jax(inputs)).sequence
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.torch

@@ -169,6 +169,56 @@ def test_tensors_without_a_place_are_left_out(tmp_path):
     assert jtl.tree.digest(same) == jtl.tree.digest(variables)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("said", [True, None])
+def test_a_second_table_counts_where_it_differs(said, tmp_path):
+    """Whether the settings say that it is tied, or nothing: transformers does not tie it, and jtl keeps it."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    reference, inputs = randomised("GPT2LMHeadModel", draw(0), 0), rows(draw(0), 0)
+    reference.save_pretrained(tmp_path / "theirs")
+    settings = json.loads((tmp_path / "theirs" / "config.json").read_text()) | {"tie_word_embeddings": said}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    words = tensors["transformer.wte.weight"]
+    second = words + np.random.default_rng(0).normal(size=words.shape).astype("f4")
+    save_file({**tensors, "lm_head.weight": second}, file, {"format": "pt"})
+    model, variables = jtl.load(tmp_path / "theirs")
+    assert model.head == heads.Tokens(len(words), use_bias=False)
+    reference = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "theirs").eval()
+    with torch.no_grad():
+        expected = reference(**to_torch(with_positions(inputs))).logits.numpy()
+    got, real = jit(model.apply)(variables, **to_jax(inputs)), inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(got[real], expected[real], rtol=0, atol=1e-5)
+    jtl.save(tmp_path / "ours", model, variables, format="transformers")
+    np.testing.assert_array_equal(load_file(tmp_path / "ours" / "model.safetensors")["lm_head.weight"], second)
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "rates",
+    [
+        {},
+        {"classifier_dropout": 0.0},
+        {"hidden_dropout": 0.3},
+        {"classifier_dropout": 0.2, "hidden_dropout": 0.3},
+        {"classifier_dropout": None, "hidden_dropout": 0},
+    ],
+    ids=str,
+)
+def test_the_dropout_of_a_classifier_of_tokens_is_that_of_transformers(rates, tmp_path):
+    reference = randomised("GPT2ForTokenClassification", draw(1) | {"num_labels": 3} | rates, 0)
+    model, variables = loaded(reference, tmp_path / "theirs")
+    assert model.head.dropout == reference.dropout.p
+    jtl.save(tmp_path / "ours", model, variables, format="transformers")
+    again = type(reference).from_pretrained(tmp_path / "ours")
+    assert again.dropout.p == reference.dropout.p
+    assert jtl.load(tmp_path / "ours")[0] == model
+
+
 def test_a_round_trip_of_jtl_s_own_changes_nothing(tmp_path):
     model, variables = tiny(heads.Tied(), n_layer=1, eos_token_id=(3, 4))
     jtl.save(tmp_path / "out", model, variables)
@@ -180,7 +230,7 @@ def test_a_round_trip_of_jtl_s_own_changes_nothing(tmp_path):
 def test_default_settings_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     ours = dataclasses.asdict(GPT2Config())
-    assert ours == {name: getattr(transformers.GPT2Config(), name) for name in ours}
+    assert ours == {name: getattr(transformers.GPT2Config(), name, None) for name in ours}
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,55 @@ def _written(folder, model, variables, *, settings=None, tensors=None):
     return folder / "second"
 
 
+# What transformers derives from other settings, and obeys where it is written; and what it does not read.
+BESIDE = {
+    "T5Model": ({"dense_act_fn": "relu"}, {"dense_act_fn": "gelu"}, {"is_gated_act": False}),
+    "T5Model, plain": ({"dense_act_fn": "gelu_new"}, {"is_gated_act": True}),
+    "MT5ForConditionalGeneration": ({"scale_decoder_outputs": True},),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("case", "beside"), [(case, beside) for case, all in BESIDE.items() for beside in all])
+def test_settings_beside_those_that_they_derive_from_are_those_of_transformers(case, beside, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    kind, _, plain = case.partition(",")
+    base = {**DEEPER, "feed_forward_proj": "relu" if plain else "gated-gelu", "vocab_size": 29}
+    torch.manual_seed(0)
+    gated = beside.get("is_gated_act", not plain)
+    config = getattr(transformers, kind.partition("5")[0] + "5Config")
+    shaped = getattr(transformers, kind)(config(**base | {"feed_forward_proj": "gated-relu" if gated else "relu"}))
+    with torch.no_grad():
+        for parameter in shaped.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    shaped.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    written = json.loads(file.read_text())
+    for name in ("dense_act_fn", "is_gated_act"):
+        del written[name]
+    file.write_text(json.dumps({**written, **base, **beside}))
+    inputs = {"input_ids": IDS, "decoder_input_ids": WRITTEN}
+    model, variables = jtl.load(tmp_path / "theirs")
+    jtl.save(tmp_path / "ours", model, variables, format="transformers")
+    got = jit(model.apply)(variables, **inputs)
+    for folder in ("theirs", "ours"):
+        reference = getattr(transformers, kind).from_pretrained(tmp_path / folder).eval()
+        out = reference(**to_torch({name: np.array(value) for name, value in inputs.items()}))[0].detach().numpy()
+        np.testing.assert_allclose(getattr(got, "sequence", got), out, rtol=0, atol=2e-5, err_msg=folder)
+    jtl.save(tmp_path / "own", model, variables)
+    assert jtl.load(tmp_path / "own")[0] == jtl.load(tmp_path / "ours")[0] == model
+
+
+def test_an_override_of_the_activation_goes_before_the_file():
+    file = {**GATED, "dense_act_fn": "relu", "is_gated_act": True}
+    config = t5_config.parse(file, None, {"feed_forward_proj": "silu"})
+    assert (config.activation, config.gated, config.dense_act_fn) == ("silu", False, None)
+    config = t5_config.parse(GATED, None, {"dense_act_fn": "gelu"})
+    assert (config.activation, config.gated) == ("gelu", True)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_before_version_5_a_model_is_scaled_where_it_is_tied(tmp_path, tied):
     """As `T5ForConditionalGeneration` of version 4 has it: FLAN-T5's files say no more than that they are not tied."""
@@ -394,7 +443,7 @@ def test_default_settings_are_those_of_transformers(name, ours):
     transformers = pytest.importorskip("transformers")
     reference, ours = getattr(transformers, name)(), T5Config(**ours)
     for field, value in dataclasses.asdict(ours).items():
-        if field != "encoder_only" and hasattr(reference, field):
+        if field not in ("encoder_only", "dense_act_fn") and hasattr(reference, field):
             assert getattr(reference, field) == value, field
     assert (reference.dense_act_fn, reference.is_gated_act) == (ours.activation, ours.gated)
     assert t5_config.parse(json.loads(reference.to_json_string()), None, {}) == ours
@@ -408,6 +457,7 @@ def test_default_settings_are_those_of_transformers(name, ours):
     [
         ({"feed_forward_proj": "gated-swiglu"}, "'gated-swiglu': expected one of"),
         ({"feed_forward_proj": "half-gelu"}, "'half-gelu': expected one of"),
+        ({"dense_act_fn": "swiglu"}, "dense_act_fn 'swiglu' is not among"),
         ({"num_heads": 0}, "num_heads must be an integer of at least 1, got 0"),
         ({"num_decoder_layers": 0}, "num_decoder_layers must be an integer of at least 1, got 0"),
         (
@@ -424,6 +474,11 @@ def test_settings_that_the_family_does_not_have_are_refused(settings, message):
         t5_config.parse({**TINY, **settings}, None, {})
     with pytest.raises(ConfigError, match=message):
         t5_config.parse(TINY, None, settings)
+
+
+def test_outputs_of_mt5_are_not_scaled():
+    with pytest.raises(ConfigError, match="scale_decoder_outputs=True: mT5's outputs are never scaled"):
+        t5_config.parse({"model_type": "mt5"}, None, {"scale_decoder_outputs": True})
 
 
 def test_an_unknown_override_is_refused_with_the_nearest_field():
@@ -463,7 +518,11 @@ def test_calls_that_mean_nothing_are_refused(call, message):
     [
         (jtl.heads.classifier(2), {}, "no T5 with the head Linear; it has T5ForConditionalGeneration"),
         (jtl.heads.Hidden(2), {"encoder_only": True}, "head Hidden; it has T5ForTokenClassification: use"),
-        (jtl.heads.token_classifier(3), {"model_type": "mt5"}, "no MT5 with the head Tokens"),
+        (
+            jtl.heads.token_classifier(3),
+            {"model_type": "mt5", "scale_decoder_outputs": False},
+            "no MT5 with the head Tokens",
+        ),
         (UNTIED, {}, "no T5 with the head Tokens"),
         (TIED, {"tie_word_embeddings": False}, "no T5 with the head Tied"),
     ],
