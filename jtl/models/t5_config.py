@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jtl.activations import ACTIVATIONS
-from jtl.errors import ConfigError
+from jtl.errors import ConfigError, WeightsError
 from jtl.models.family import check_overrides, fields_from_json, renamed
 from jtl.weights.convert import equal
 
@@ -197,7 +197,14 @@ def settle(config: T5Config, tensors: Mapping[str, np.ndarray]) -> T5Config:
     Args:
       config: from `parse`.
       tensors: the checkpoint's, by name.
+
+    Raises:
+      WeightsError: a stack has a table of words that is no copy of the shared one.
     """
+    for stack in ("encoder",) if config.encoder_only else ("encoder", "decoder"):
+        copy, table = f"{stack}.embed_tokens.weight", "shared.weight"
+        if copy in tensors and table in tensors and not equal(tensors, copy, table):
+            raise WeightsError(f"{copy} differs from {table}: jtl's T5 has one table of words for both stacks")
     names = ("shared.weight", "lm_head.weight")
     if not config.tie_word_embeddings or config.encoder_only or not all(name in tensors for name in names):
         return config

@@ -300,6 +300,15 @@ def test_a_second_table_counts_where_it_differs(tmp_path, same):
     assert tables == (["shared/embedding"] if same else ["head/kernel", "shared/embedding"])
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_table_of_one_stack_that_is_no_copy_is_refused(tmp_path, stack):
+    made = _made(TIED)
+    table = np.array(made[1]["params"]["shared"]["embedding"])
+    folder = _written(tmp_path, *made, tensors={f"{stack}.embed_tokens.weight": table + 1})
+    with pytest.raises(WeightsError, match=f"{stack}.embed_tokens.weight differs from shared.weight"):
+        jtl.load(folder)
+
+
 def test_an_encoder_is_read_from_the_checkpoint_of_a_whole_model(tmp_path):
     made = _made(UNTIED, tie_word_embeddings=False)
     folder = _written(tmp_path, *made)
