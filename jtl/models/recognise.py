@@ -215,7 +215,9 @@ def _nearest(tensors: Iterable[str]) -> str:
 
 
 _ENOUGH = 2000
-"""Names of tensors that tell which families are near."""
+"""Names of tensors that tell which families are near; ten times as many tell a family's layouts apart."""
+
+_NUMBER = re.compile(r"\d+|\{\}")
 
 
 def _likeness(layout: KeyLayout, config: Any, tensors: Iterable[str]) -> float:
@@ -225,11 +227,12 @@ def _likeness(layout: KeyLayout, config: Any, tensors: Iterable[str]) -> float:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"\d+|\{\}", "*", name)
+    return _NUMBER.sub("*", name)
 
 
 def _layout(family: Family, config: Any, tensors: Tensors, name: str) -> KeyLayout:
-    scores = [_likeness(layout, config, tensors) for layout in family.layouts]
+    names = list(itertools.islice(tensors, 10 * _ENOUGH))
+    scores = [_likeness(layout, config, names) for layout in family.layouts]
     if not any(scores):
         known = ", ".join(layout.name for layout in family.layouts)
         raise WeightsError(

@@ -103,11 +103,11 @@ def opened(path: str | os.PathLike[str]) -> tuple[dict[str, Signature], Callable
     files: dict[str, Path] = {}
     headers: dict[Path, tuple[tuple[int, int], dict[str, int]]] = {}
 
-    def seen(file: Path, handle: Any, name: str) -> Signature:
+    def seen(file: Path, name: str, signature: Signature) -> Signature:
         files[name] = file
         if file not in headers:
             headers[file] = _offsets(file)
-        return _signature(handle, name)
+        return signature
 
     signatures = _gather(Path(path), seen)
 
@@ -151,7 +151,7 @@ def shapes(path: str | os.PathLike[str]) -> dict[str, Signature]:
       SourceNotFoundError: as for `read_tensors`.
       WeightsError: as for `read_tensors`.
     """
-    return _gather(Path(path), lambda file, handle, name: _signature(handle, name))
+    return _gather(Path(path), lambda file, name, signature: signature)
 
 
 def write_tensors(
@@ -191,8 +191,8 @@ def _writable(name: str, tensor: Any) -> np.ndarray:
     return np.asarray(array, order="C")
 
 
-def _gather(path: Path, read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
-    """`read(file, handle, name)` of each tensor, over the one file or all shards."""
+def _gather(path: Path, read: Callable[[Path, str, Signature], _T]) -> dict[str, _T]:
+    """`read(file, name, signature)` of each tensor, over the one file or all shards."""
     if path.name.endswith(".index.json"):
         return _gather_shards(path, read)
     if not path.is_dir():
@@ -204,19 +204,24 @@ def _gather(path: Path, read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
     raise _no_weights(path)
 
 
-def _gather_file(path: Path, read: Callable[[Path, Any, str], _T], declared: set[str] | None = None) -> dict[str, _T]:
+def _gather_file(
+    path: Path, read: Callable[[Path, str, Signature], _T], declared: set[str] | None = None
+) -> dict[str, _T]:
+    signatures = {}
     with _opened(path) as handle:
         names = list(handle.keys())
         if declared is not None:
             check_shard(path, set(names), declared)
         for name in names:
             tensor = handle.get_slice(name)
-            _check_dtype(path, name, tensor.get_dtype())
-            _check_shape(path, name, tensor.get_shape(), np.dtype(_DTYPES[tensor.get_dtype()]).itemsize)
-        return {name: read(path, handle, name) for name in names}
+            kind, shape = tensor.get_dtype(), tensor.get_shape()
+            _check_dtype(path, name, kind)
+            _check_shape(path, name, shape, np.dtype(_DTYPES[kind]).itemsize)
+            signatures[name] = Signature(tuple(shape), _DTYPES[kind])
+    return {name: read(path, name, signature) for name, signature in signatures.items()}
 
 
-def _gather_shards(index: Path, read: Callable[[Path, Any, str], _T]) -> dict[str, _T]:
+def _gather_shards(index: Path, read: Callable[[Path, str, Signature], _T]) -> dict[str, _T]:
     found: dict[str, _T] = {}
     for file, declared in shards(index).items():
         found |= _gather_file(file, read, declared)
@@ -304,11 +309,6 @@ def _check_shape(path: Path, name: str, shape: Sequence[int], itemsize: int) -> 
     """Refuse what no array can have; only without any element can a file be right about such a shape."""
     if len(shape) > _MOST_AXES or math.prod(max(size, 1) for size in shape) * itemsize > sys.maxsize:
         raise WeightsError(f"{path}: the tensor {name!r} has the shape {shape!s:.80}, too large for an array")
-
-
-def _signature(handle: Any, name: str) -> Signature:
-    tensor = handle.get_slice(name)
-    return Signature(tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from jtl import errors, rules, tree
 from jtl.recipes import finetune
 from jtl.recipes.settings import Finetune, StrategyName
 
+from ..covering import long_but  # noqa: TID252
 from ..models import checkpoints  # noqa: TID252
 
 ROWS = [("good film", "pos"), ("great fun", "pos"), ("bad film", "neg"), ("dull plot", "neg")] * 3
@@ -30,6 +31,7 @@ TRAINED = {
     "l2-sp": (EVERYTHING, {}),
     "lora": (["head", "**/query/kernel", "**/value/kernel"], {}),
 }
+LONG = ("first-blocks", "full", "layerwise-decay", "bitfit")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def moved(data, model, out, **settings):
     )
 
 
-@pytest.mark.parametrize("name", TRAINED)
+# Those whose masks the laws of strategies know already are long.
+@pytest.mark.parametrize("name", long_but(TRAINED, [name for name in TRAINED if name not in LONG]))
 def test_a_strategy_trains_what_its_name_says(name, data, model, tmp_path):
     patterns, settings = TRAINED[name]
     found, paths, _ = moved(data, model, tmp_path / "out", strategy=name, learning_rate=1e-2, **settings)
