@@ -61,8 +61,15 @@ def main() -> None:
     _ways.run(task, data, settings)
 
 
-def controls(train: Examples, test: Examples, settings: argparse.Namespace) -> None:
-    """TF-IDF of words and pairs of words with a logistic regression, for each number of labels."""
+def controls(train: Examples, test: Examples, settings: argparse.Namespace, weight: str | None = None) -> None:
+    """TF-IDF of words and pairs of words with a logistic regression, for each number of labels.
+
+    Args:
+      train: what labels are drawn from.
+      test: what is scored.
+      settings: of the command line.
+      weight: "balanced" gives classes the same weight, however rare they are.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
@@ -71,12 +78,14 @@ def controls(train: Examples, test: Examples, settings: argparse.Namespace) -> N
     def score(part: Examples) -> float:
         texts: Sequence[str] = list(part.columns["text"])
         words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-        fitted = make_pipeline(words, LogisticRegression(C=10, max_iter=1000)).fit(texts, np.asarray(part.labels))
+        regression = LogisticRegression(C=10, max_iter=1000, class_weight=weight)
+        fitted = make_pipeline(words, regression).fit(texts, np.asarray(part.labels))
         return float(balanced_accuracy_score(test.labels, fitted.predict(list(test.columns["text"]))))
 
     for count in settings.counts:
         scores = [score(examples.subset(train, count, seed=seed)) for seed in range(settings.seeds)]
-        print("{:4d} labels  TF-IDF  {:.3f} ± {:.3f}".format(count, *interval(scores)), flush=True)
+        name = " ".join(filter(None, (weight, "TF-IDF")))
+        print("{:4d} labels  {}  {:.3f} ± {:.3f}".format(count, name, *interval(scores)), flush=True)
 
 
 if __name__ == "__main__":

