@@ -214,7 +214,7 @@ def _nearest(tensors: Iterable[str]) -> str:
     return f"the nearest families are {', '.join(best)}"
 
 
-_ENOUGH = 2000
+_ENOUGH = 500
 """Names of tensors that tell which families are near; ten times as many tell a family's layouts apart."""
 
 _NUMBER = re.compile(r"\d+|\{\}")
