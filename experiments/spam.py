@@ -16,8 +16,8 @@ not run):
 
 With 20 labels MiniLM wins, frozen or not; from 100 on, all its weights do as well as words that are counted with equal
 weights for the classes, and no better. Without these, words are counted as well, but the regression says ham too often.
-The head alone loses to all weights at 100 and 500 (-.039 ± .028, -.052 ± .025), and to words at 500; with 20 the
-difference of -.019 ± .071 is unresolved.
+The head alone loses at 100 and 500, to all weights (-.039 ± .028, -.052 ± .025) and to words; with 20 its difference of
+-.019 ± .071 is unresolved.
 """
 
 import email
