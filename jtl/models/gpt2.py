@@ -42,7 +42,7 @@ class GPT2(nn.Module):
       dtype: of the computation; by default that of the parameters.
       attention: "xla", or "cudnn" for the fused attention of a GPU: half precision, no dropout of attention.
         `model.clone(attention="cudnn", dtype=jnp.bfloat16)` switches a loaded model.
-      scan: run the blocks as a loop, which compiles several times faster; see `jtl.models.stack`.
+      scan: run the blocks as a loop, which is traced and compiled sooner; see `jtl.models.stack`.
       remat: compute the blocks' activations again in the backward pass: less memory, more time.
     """
 

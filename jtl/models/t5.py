@@ -64,7 +64,7 @@ class T5(nn.Module):
       head: a module from pooled features `[batch, width]`, or what else it reads (`jtl.heads`), to outputs. Those of
         words are `heads.Tied()`, and `heads.Tokens(config.vocab_size, use_bias=False)` where the table is not shared.
       dtype: of the computation; by default that of the parameters.
-      scan: run the blocks as a loop, which compiles several times faster; see `jtl.models.stack`.
+      scan: run the blocks as a loop, which is traced and compiled sooner; see `jtl.models.stack`.
       remat: compute the blocks' activations again in the backward pass: less memory, more time.
     """
 
